@@ -1,0 +1,145 @@
+"""The frozen records that travel between stages, and the legend of axis names used in every signature.
+
+Axis names: `batch` sequences; `prompt` prompt tokens; `response` response tokens (the EOS token, where the model
+emitted one, is the last of them); `time` prompt and response tokens together; `vocab` the vocabulary; `completions`
+the K answers of all prompts of a batch, one after another.
+
+All sequences are right-padded, with any valid token id as filler: attention is causal, so what stands to the right of
+a token cannot change it, and lengths say where a sequence ends. No record needs an attention mask.
+Masks have one polarity: True = counts.
+"""
+
+from dataclasses import dataclass, fields, replace
+from typing import Any, Self
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+class Record:
+    """What every record can do: move between devices, take rows. Subclasses are frozen dataclasses."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same record with every tensor on `device`."""
+        return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})  # type: ignore
+
+    def rows_at(self, index: Int[Tensor, " picked"]) -> Self:
+        """The record of the picked rows; tensors, and `rows` where there are any, are indexed alike."""
+        picked: dict[str, Any] = {name: value[index.to(value.device)] for name, value in self._tensors().items()}
+        for item in fields(self):  # type: ignore
+            value = getattr(self, item.name)
+            if isinstance(value, tuple):
+                picked[item.name] = tuple(value[i] for i in index.tolist())
+            elif isinstance(value, Record):
+                picked[item.name] = value.rows_at(index)
+        return replace(self, **picked)  # type: ignore
+
+    def _tensors(self) -> dict[str, Any]:
+        own = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore
+        return {name: value for name, value in own.items() if isinstance(value, Tensor)}
+
+
+@dataclass(frozen=True)
+class Sequences(Record):
+    """Text to learn by next-token prediction: SFT demonstrations, pretraining text."""
+
+    ids: Int[Tensor, "batch time"]
+    lengths: Int[Tensor, " batch"]
+    mask: Bool[Tensor, "batch time"]
+    """True: the model is trained to predict this token. Never True at position 0, which nothing predicts."""
+
+
+@dataclass(frozen=True)
+class Comparisons(Record):
+    """The K completions of each prompt of a batch with what a labeler thought of them."""
+
+    ids: Int[Tensor, "completions time"]
+    lengths: Int[Tensor, " completions"]
+    response_lengths: Int[Tensor, " completions"]
+    prompt_index: Int[Tensor, " completions"]
+    """Which prompt of the batch a completion answers: 0, 0, 0, 1, 1, ... Only equal indices are compared."""
+    scores: Float[Tensor, " completions"]
+    """Higher is better, equal is a tie. Only the order within a prompt means anything."""
+    labelers: tuple[str, ...]
+    """Who ranked, one name a completion; '' where unknown."""
+
+
+@dataclass(frozen=True)
+class Prompts(Record):
+    """Prompts to be answered."""
+
+    ids: Int[Tensor, "batch prompt"]
+    lengths: Int[Tensor, " batch"]
+    rows: tuple[dict[str, Any], ...]
+    """The examples the prompts were made from, for reward hooks and tables."""
+
+
+@dataclass(frozen=True)
+class Completions(Record):
+    """Prompts with the responses a model gave."""
+
+    ids: Int[Tensor, "batch time"]
+    prompt_lengths: Int[Tensor, " batch"]
+    response_lengths: Int[Tensor, " batch"]
+    """Response tokens only; counts the EOS token where there is one."""
+    finished: Bool[Tensor, " batch"]
+    """True: the response ends with EOS. False: it was cut at the length limit."""
+    rows: tuple[dict[str, Any], ...]
+
+    @property
+    def lengths(self) -> Int[Tensor, " batch"]:
+        """Tokens of prompt and response together."""
+        return self.prompt_lengths + self.response_lengths
+
+    @property
+    def token_mask(self) -> Bool[Tensor, "batch time"]:
+        """True at response tokens, at their place in `ids`."""
+        place = torch.arange(self.ids.shape[1], device=self.ids.device)
+        return (place >= self.prompt_lengths[:, None]) & (place < self.lengths[:, None])
+
+    @property
+    def mask(self) -> Bool[Tensor, "batch response"]:
+        """True at response tokens, counted from the start of the response; as wide as the longest response."""
+        width = int(self.response_lengths.max())
+        return torch.arange(width, device=self.ids.device) < self.response_lengths[:, None]
+
+
+@dataclass(frozen=True)
+class Rollout(Record):
+    """One batch of complete episodes: all that a PPO update needs, computed once, before the first gradient step."""
+
+    completions: Completions
+    mask: Bool[Tensor, "batch response"]
+    logprobs: Float[Tensor, "batch response"]
+    """log π_old(a_t | s_t) at the sampling temperature; 0 where the mask is False, like every field below."""
+    ref_logprobs: Float[Tensor, "batch response"]
+    values: Float[Tensor, "batch response"]
+    """V(s_t) before token t is emitted."""
+    scores: Float[Tensor, " batch"]
+    """The reward model's score of each whole response, after the missing-EOS rule."""
+    rewards: Float[Tensor, "batch response"]
+    advantages: Float[Tensor, "batch response"]
+    returns: Float[Tensor, "batch response"]
+
+    def to(self, device: torch.device | str) -> "Rollout":
+        """The same rollout with every tensor on `device`."""
+        return replace(super().to(device), completions=self.completions.to(device))
+
+
+@dataclass(frozen=True)
+class Minibatch(Record):
+    """What one PPO step learns from."""
+
+    episodes: Rollout
+    pretraining: Sequences | None
+    """Text for the PPO-ptx term of Eq. 2; None where γ is 0."""
+    fresh: Rollout | None
+    """The whole rollout, with the first minibatch made from it, for callbacks; None with the others."""
+    iteration: int
+    """How many rollouts were collected before this one."""
+
+    def to(self, device: torch.device | str) -> "Minibatch":
+        """The same minibatch with every tensor on `device`."""
+        text = self.pretraining.to(device) if self.pretraining is not None else None
+        return replace(self, episodes=self.episodes.to(device), pretraining=text)
