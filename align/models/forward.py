@@ -1,0 +1,184 @@
+"""The one address of shifts, positions and padding: log-probabilities, values and scores from token ids.
+
+Sequences are right-padded and attention is causal, so padding needs no mask and no position ids: a token's hidden
+state does not depend on what stands to its right. Padded tokens cost time, never correctness; `micro_batches` groups
+sequences of like length so that few are computed. The unembedding runs only where a token is scored, and in chunks.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from align.models.heads import ScalarModel
+from align.types import Completions
+
+LOGITS_PER_CHUNK = 2**25
+"""At most this many logits exist at once (128 MiB in float32); more tokens are done in turns and recomputed."""
+
+_plain_heads: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """The models in evaluation mode inside the block, each submodule's own mode restored after it."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def micro_batches(lengths: Int[Tensor, " batch"], budget: int) -> list[Int[Tensor, " picked"]]:
+    """Splits a batch into micro-batches of like lengths, none larger than `budget` tokens with its padding.
+
+    A sequence longer than the budget is a micro-batch of its own. The split depends on the lengths alone, so the
+    rollout's scoring pass and the update see equal shapes.
+
+    Args:
+        lengths: Tokens of each sequence.
+        budget: Tokens a micro-batch may hold, padding included.
+
+    Returns:
+        Row indices; every row once, longest sequences first (so that memory runs out at once or never).
+    """
+    order = torch.argsort(lengths.cpu(), descending=True, stable=True)
+    sizes = lengths.cpu()[order].tolist()
+    groups, start = [], 0
+    for end in range(1, len(sizes) + 1):
+        if end == len(sizes) or (end - start + 1) * sizes[start] > budget:
+            groups.append(order[start:end])
+            start = end
+    return groups
+
+
+def token_logprobs(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    temperature: float = 1.0,
+) -> Float[Tensor, " tokens"]:
+    """log π(token | what stands before it) of the tokens where `mask` is True, row after row, in float32.
+
+    Args:
+        model: The language model.
+        ids: Right-padded.
+        mask: True at tokens to score; never at position 0.
+        temperature: The logits are divided by it, as when sampling.
+    """
+    return _over_logits(model, ids, mask, temperature, _logprobs_of)
+
+
+def token_logprobs_and_entropies(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    temperature: float = 1.0,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """`token_logprobs`, with the entropy in nats of the distribution each token was drawn from."""
+    both = _over_logits(model, ids, mask, temperature, _logprobs_and_entropies_of)
+    return both[:, 0], both[:, 1]
+
+
+def token_values(
+    model: ScalarModel, ids: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
+) -> Float[Tensor, " tokens"]:
+    """V(s_t) of the tokens where `mask` is True: read at the token before, when token t was not yet chosen."""
+    hidden = _hidden(model.hf, ids)[:, :-1][mask[:, 1:]]
+    return _scalar(model, hidden)
+
+
+def final_scores(
+    model: ScalarModel, ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    """The reward of each whole sequence, read at its last token (the EOS token of a finished response)."""
+    hidden = _hidden(model.hf, ids)
+    return _scalar(model, hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
+
+
+def fitted(ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, "batch fitted"]:
+    """`ids` without the columns that are padding in every row."""
+    return ids[:, : int(lengths.max())]
+
+
+def by_response(flat: Float[Tensor, " tokens"], mask: Bool[Tensor, "batch response"]) -> Float[Tensor, "batch response"]:
+    """Token values, row after row, laid out by response; 0 where the mask is False. Gradients pass."""
+    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+
+
+def in_micro_batches(
+    function: Callable[[Completions], Float[Tensor, " values"]], completions: Completions, budget: int
+) -> list[tuple[Completions, Float[Tensor, " values"]]]:
+    """`function` of each micro-batch of the completions, beside the micro-batch; for passes without gradients."""
+    groups = micro_batches(completions.lengths, budget)
+    return [(part, function(part)) for part in (completions.rows_at(group) for group in groups)]
+
+
+def _hidden(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time d"]:
+    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def _scalar(model: ScalarModel, hidden: Float[Tensor, "places d"]) -> Float[Tensor, " places"]:
+    return model.hf.score(hidden)[:, 0].float() - model.bias
+
+
+def _over_logits(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    temperature: float,
+    function: Callable[[Float[Tensor, "tokens vocab"], Int[Tensor, " tokens"]], Tensor],
+) -> Tensor:
+    """`function(logits, targets)` of the scored tokens, computing no other logits where the model allows it."""
+    targets = ids[:, 1:][mask[:, 1:]]
+    if _has_plain_head(model):
+        head, inputs = model.get_output_embeddings(), _hidden(model, ids)[:, :-1][mask[:, 1:]]
+    else:
+        head, inputs = nn.Identity(), model(input_ids=ids, use_cache=False).logits[:, :-1][mask[:, 1:]]
+
+    def chunk(inputs: Tensor, targets: Tensor) -> Tensor:
+        logits = head(inputs).float()
+        return function(logits / temperature if temperature != 1.0 else logits, targets)
+
+    size = max(1, LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)
+    if len(targets) <= size:
+        return chunk(inputs, targets)
+    if not torch.is_grad_enabled():
+        return torch.cat([chunk(*part) for part in zip(inputs.split(size), targets.split(size), strict=True)])
+    parts = zip(inputs.split(size), targets.split(size), strict=True)
+    return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])  # type: ignore[arg-type]
+
+
+def _logprobs_of(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:
+    return -nn.functional.cross_entropy(logits, targets, reduction="none")
+
+
+def _logprobs_and_entropies_of(
+    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]
+) -> Float[Tensor, "tokens 2"]:
+    logp = logits.log_softmax(-1)
+    entropies = -(logp.exp() * logp).sum(-1)
+    return torch.stack([_logprobs_of(logits, targets), entropies], dim=-1)
+
+
+def _has_plain_head(model: PreTrainedModel) -> bool:
+    """Whether the model's logits are its output embedding applied to its last hidden state and nothing more.
+
+    Some families scale or cap the logits afterwards (Gemma 2, Cohere, Granite). One tiny pass tells, once a model;
+    such models are asked for their logits whole, which costs memory and stays right.
+    """
+    if model not in _plain_heads:
+        ids = torch.arange(2, device=model.device)[None]
+        with torch.no_grad(), evaluating(model):
+            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            whole = model(input_ids=ids, use_cache=False).logits
+            _plain_heads[model] = torch.equal(model.get_output_embeddings()(hidden), whole)
+    return _plain_heads[model]

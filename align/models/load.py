@@ -1,0 +1,202 @@
+"""The only file that knows how Hugging Face models and tokenizers are loaded and saved.
+
+Every stage reads a Hugging Face folder (or hub name) and writes one that plain `transformers` loads again.
+Dropout is switched off on loading, whatever the folder's config says, unless a stage asks for it: with dropout on, the
+first PPO ratio is not 1 and the KL to the reference is noise (The N Implementation Details of RLHF with PPO, P-4).
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as hf_logging
+
+from align import seeds
+from align.models.heads import ScalarModel, initialise_head
+from align.paths import ModelPath
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+DROPOUTS = (
+    "attention_dropout", "attn_pdrop", "embd_pdrop", "resid_pdrop", "hidden_dropout", "dropout", "activation_dropout",
+    "summary_first_dropout", "classifier_dropout", "classifier_dropout_prob", "hidden_dropout_prob",
+    "attention_probs_dropout_prob", "emb_dropout", "resid_dropout", "ffn_dropout",
+)  # fmt: skip
+"""The names under which transformers' decoder configurations keep a dropout probability."""
+
+
+def load_tokenizer(path: ModelPath) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder or hub name.
+
+    Raises:
+        ValueError: It has no EOS token, without which no response can end.
+    """
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            f"the tokenizer of {path!r} has no EOS token, so a response could never end; "
+            "set one in its tokenizer_config.json (\"eos_token\": \"...\")"
+        )
+    return tokenizer
+
+
+def load_causal_lm(
+    path: ModelPath, *, dtype: DType = "float32", dropout: float = 0.0, gradient_checkpointing: bool = False
+) -> PreTrainedModel:
+    """A causal language model, in training mode, every parameter trainable.
+
+    Args:
+        path: Folder or hub name.
+        dtype: Of the weights. Train in float32 and let the trainer's `precision` choose the arithmetic, unless memory
+            forces a smaller one.
+        dropout: Residual dropout probability, on the output of each attention and MLP block (0.2 in InstructGPT's SFT,
+            appendix C.1). All other dropout is off.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+    """
+    config = _config_without_dropout(path)
+    model = _from_pretrained(AutoModelForCausalLM, path, config=config, dtype=getattr(torch, dtype))
+    if dropout > 0.0:
+        add_residual_dropout(model, dropout)
+    return _ready(model, gradient_checkpointing)
+
+
+def load_scalar_model(
+    path: ModelPath, *, dtype: DType = "float32", gradient_checkpointing: bool = False, seed: int = 0
+) -> ScalarModel:
+    """A reward or value model: the language model with its unembedding replaced by a projection to one number.
+
+    A folder written by the reward stage brings its head and bias. Any causal language model gets a new head, weights
+    from N(0, 1/(d+1)) as in OpenAI's lm-human-preferences, drawn from `seed`; its bias is 0.
+
+    Args:
+        path: Folder or hub name, of a causal language model or of a sequence classifier with one label.
+        dtype: Of the weights.
+        gradient_checkpointing: Recompute activations in the backward pass.
+        seed: Of the head's initialisation.
+    """
+    config = _config_without_dropout(path)
+    trained = any("SequenceClassification" in name for name in config.architectures or ())
+    if trained and config.num_labels != 1:
+        raise ValueError(
+            f"{path!r} is a classifier with {config.num_labels} labels, a reward model has 1; give a reward model or a "
+            "causal language model"
+        )
+    config.num_labels = 1
+    model = _from_pretrained(AutoModelForSequenceClassification, path, config=config, dtype=getattr(torch, dtype))
+    if not trained:
+        initialise_head(model.score, seeds.generator(seed, "head"))
+    return ScalarModel(_ready(model, gradient_checkpointing))
+
+
+def add_residual_dropout(model: PreTrainedModel, probability: float) -> None:
+    """Drops a share of each attention and MLP block's output, before it joins the residual stream.
+
+    Raises:
+        ValueError: The model's blocks have none of the names transformers gives them.
+    """
+    found = 0
+    for name, module in model.named_modules():
+        if name.rsplit(".", 1)[-1] in ("self_attn", "attn", "attention", "mlp"):
+            module.register_forward_hook(_dropout_hook(probability))
+            found += 1
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no blocks named self_attn, attn, attention or mlp, so residual dropout cannot "
+            "be added; set dropout: 0"
+        )
+
+
+@contextlib.contextmanager
+def folder_written_whole(folder: str | Path) -> Iterator[Path]:
+    """A temporary folder that takes the place of `folder` when the block ends well; otherwise nothing changes."""
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        yield fresh
+        fresh.chmod(0o755)
+        _sync(fresh)
+        if folder.exists():
+            old = folder.with_name(f".{folder.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+            fresh.rename(folder)
+            shutil.rmtree(old)
+        else:
+            fresh.rename(folder)
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+
+
+def save_model(model: PreTrainedModel | ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """Writes model and tokenizer as a Hugging Face folder; an older folder is replaced only when all is written."""
+    inner = model.hf if isinstance(model, ScalarModel) else model
+    with folder_written_whole(folder) as fresh:
+        inner.save_pretrained(fresh)
+        tokenizer.save_pretrained(fresh)
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """The model, never trained: no gradients, evaluation mode."""
+    return model.requires_grad_(False).eval()
+
+
+def _config_without_dropout(path: str) -> PretrainedConfig:
+    config = AutoConfig.from_pretrained(path)
+    for name in DROPOUTS:
+        if isinstance(getattr(config, name, None), float):
+            setattr(config, name, 0.0)
+    return config
+
+
+def _from_pretrained(factory: Any, path: str, **arguments: Any) -> PreTrainedModel:
+    """`from_pretrained` without its progress bar and its notice of a new head, which here is no news."""
+    bars, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
+    try:
+        return factory.from_pretrained(path, **arguments)
+    finally:
+        hf_logging.set_verbosity(verbosity)
+        if bars:
+            hf_logging.enable_progress_bar()
+
+
+def _ready(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
+    if gradient_checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def _dropout_hook(probability: float) -> Any:
+    def hook(module: nn.Module, _inputs: Any, output: Any) -> Any:
+        if not module.training:
+            return output
+        first = output[0] if isinstance(output, tuple) else output
+        dropped = nn.functional.dropout(first, probability)
+        return (dropped, *output[1:]) if isinstance(output, tuple) else dropped
+
+    return hook
+
+
+def _sync(folder: Path) -> None:
+    """Forces the files' contents to the disk, so that a rename never exposes an empty file after a crash."""
+    for file in folder.rglob("*"):
+        if file.is_file():
+            with open(file, "rb") as handle:
+                os.fsync(handle.fileno())

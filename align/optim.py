@@ -1,0 +1,88 @@
+"""AdamW and its learning-rate schedule, described by one frozen record.
+
+Betas default to InstructGPT's (0.9, 0.95, appendix C); the paper leaves epsilon, weight decay and clipping open.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import cos, pi
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+
+
+@dataclass(frozen=True, kw_only=True)
+class Optim:
+    """AdamW, warm-up, decay and clipping.
+
+    Attributes:
+        lr: Peak learning rate.
+        betas: Decay of the first and second moment.
+        epsilon: Added after the bias correction, as PyTorch does.
+        weight_decay: Decoupled; of matrices only.
+        max_grad_norm: Each network's gradient is scaled down to this norm; 0 leaves it alone.
+        schedule: After the warm-up: "constant", or "cosine" or "linear" to `final_fraction` at the last step.
+        final_fraction: Of `lr`, where the decay ends.
+        warmup_steps: Optimizer steps of linear rise from `warmup_from` to 1.
+        warmup_from: Of `lr`, at the first step of the warm-up.
+    """
+
+    lr: float
+    betas: Sequence[float] = (0.9, 0.95)
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    final_fraction: float = 0.1
+    warmup_steps: int = 0
+    warmup_from: float = 0.1
+
+    @classmethod
+    def config_errors(cls, arguments: dict[str, object]) -> list[str]:
+        """What is wrong with these constructor arguments, in words."""
+        limits = {"lr": 0.0, "epsilon": 0.0, "weight_decay": 0.0, "max_grad_norm": 0.0, "warmup_steps": 0}
+        given = {name: arguments.get(name) for name in limits}
+        errors = [
+            f"{name}: got {value}, expected a number of at least {limits[name]}"
+            for name, value in given.items()
+            if isinstance(value, int | float) and value < limits[name]
+        ]
+        betas = arguments.get("betas", (0.9, 0.95))
+        if isinstance(betas, Sequence) and len(betas) != 2:
+            errors.append(f"betas: got {len(betas)} numbers, expected 2, such as [0.9, 0.95]")
+        return errors
+
+    def fraction(self, step: int, steps: int) -> float:
+        """The share of the peak learning rate used for optimizer step `step` (0-based) of `steps`."""
+        if step < self.warmup_steps:
+            return self.warmup_from + (1.0 - self.warmup_from) * step / self.warmup_steps
+        done = min(1.0, (step - self.warmup_steps) / max(1, steps - self.warmup_steps))
+        if self.schedule == "constant":
+            return 1.0
+        shape = (1.0 + cos(pi * done)) / 2.0 if self.schedule == "cosine" else 1.0 - done
+        return self.final_fraction + (1.0 - self.final_fraction) * shape
+
+    def build(
+        self, networks: Mapping[str, nn.Module], *, steps: int, lrs: Mapping[str, float] | None = None
+    ) -> tuple[torch.optim.Optimizer, LambdaLR]:
+        """One optimizer for all networks, and its schedule, to be stepped once an optimizer step.
+
+        Args:
+            networks: By name. Every group of the optimizer carries its network's name under "name".
+            steps: Optimizer steps of the whole run.
+            lrs: Peak learning rates of networks that have their own.
+        """
+        groups = []
+        for name, network in networks.items():
+            lr = (lrs or {}).get(name, self.lr)
+            trained = [p for p in network.parameters() if p.requires_grad]
+            matrices = [p for p in trained if p.ndim >= 2]
+            vectors = [p for p in trained if p.ndim < 2]
+            groups.append({"params": matrices, "lr": lr, "weight_decay": self.weight_decay, "name": name})
+            if vectors:
+                groups.append({"params": vectors, "lr": lr, "weight_decay": 0.0, "name": name})
+        first, second = self.betas
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(first, second), eps=self.epsilon)
+        return optimizer, LambdaLR(optimizer, lambda step: self.fraction(step, steps))

@@ -1,0 +1,255 @@
+"""Samplers: from prompts to completions. Any callable with this Protocol can be named in a YAML as `sampler:`.
+
+Two engines are here. `DecodeSampler` is a plain decoding loop over transformers' forward and key-value cache in which a
+finished sequence leaves the batch and stops costing. `GenerateSampler` is transformers' own `generate`, for models
+whose cache the loop does not know, and as the reference the loop is tested against.
+
+Both sample from softmax(logits / temperature) and from nothing else: no top-k, top-p, penalties or forced tokens, so
+the log-probabilities of the update's forward pass are those of the distribution that was sampled from (N+
+Implementation Details, point 25). They draw from torch's default generator, which the caller seeds (`align.seeds`).
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from transformers import DynamicCache, GenerationConfig, PreTrainedModel
+
+from align.models.forward import evaluating
+from align.types import Completions, Prompts
+
+LEAVE_AT = 0.8
+"""Finished rows are taken out when fewer than this share of the batch is still being written."""
+
+
+class Sampler(Protocol):
+    """Writes one response to each prompt.
+
+    Called by `PPOModule.collect` once a rollout, under `torch.no_grad`, in the trainer's precision, with torch's
+    default generator seeded for this rollout; by `align.sample` and the sample table in the same way.
+    """
+
+    temperature: float
+    """Of the sampling distribution; 0 takes the likeliest token. PPO's log-probabilities use the same."""
+
+    def __call__(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
+        """The completions, row i answering prompt i, on the prompts' device."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeSampler:
+    """Decodes batches of prompts step by step with transformers' cache; finished sequences leave the batch.
+
+    Attributes:
+        max_new_tokens: A response without EOS is cut at this many tokens.
+        temperature: See `Sampler`.
+        batch_size: Prompts decoded together.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    batch_size: int = 256
+
+    @classmethod
+    def config_errors(cls, arguments: dict[str, object]) -> list[str]:
+        """What is wrong with these constructor arguments, in words."""
+        return _sizes_wrong(arguments)
+
+    def __call__(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
+        """See `Sampler`."""
+        return _in_batches(self._answer, policy, prompts, self.batch_size)
+
+    def _answer(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
+        ids, seen = _left_padded(prompts)
+        stops = _stop_ids(policy)
+        batch = _Writing.start(len(ids), self.max_new_tokens, ids.device)
+        cache, place = DynamicCache(config=policy.config), (seen.cumsum(1) - 1).clamp_min(0)
+        for step in range(self.max_new_tokens):
+            out = policy(
+                input_ids=ids,
+                attention_mask=seen.long(),
+                position_ids=place,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            token = draw(out.logits[:, -1].float(), self.temperature)
+            running = batch.put(step, token, torch.isin(token, stops))
+            if not running.any():
+                break
+            if running.float().mean() < LEAVE_AT:
+                keep = running.nonzero()[:, 0]
+                cache.batch_select_indices(keep)
+                batch.leave(keep)
+                token, seen, place = token[keep], seen[keep], place[keep]
+            ids, place = token[:, None], place[:, -1:] + 1
+            seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
+        return _joined(prompts, batch.tokens, batch.written, batch.finished)
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateSampler:
+    """transformers' `generate`. Every row costs until the batch's last one is finished.
+
+    Attributes:
+        max_new_tokens: A response without EOS is cut at this many tokens.
+        temperature: See `Sampler`.
+        batch_size: Prompts decoded together.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    batch_size: int = 256
+
+    @classmethod
+    def config_errors(cls, arguments: dict[str, object]) -> list[str]:
+        """What is wrong with these constructor arguments, in words."""
+        return _sizes_wrong(arguments)
+
+    def __call__(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
+        """See `Sampler`."""
+        return _in_batches(self._answer, policy, prompts, self.batch_size)
+
+    def _answer(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
+        ids, seen = _left_padded(prompts)
+        stops = _stop_ids(policy)
+        settings = GenerationConfig(
+            max_new_tokens=self.max_new_tokens,
+            do_sample=self.temperature > 0.0,
+            temperature=self.temperature or 1.0,
+            top_k=0,
+            top_p=1.0,
+            eos_token_id=stops.tolist(),
+            pad_token_id=int(stops[0]),
+        )
+        with _generation_config(policy, settings):
+            whole = policy.generate(ids, attention_mask=seen.long())  # type: ignore[operator]
+        tokens = whole[:, ids.shape[1] :]
+        stop = torch.isin(tokens, stops)
+        finished = stop.any(1)
+        written = torch.where(finished, stop.int().argmax(1) + 1, tokens.shape[1])
+        return _joined(prompts, tokens, written, finished)
+
+
+def draw(logits: Float[Tensor, "batch vocab"], temperature: float) -> Int[Tensor, " batch"]:
+    """One token a row from softmax(logits / temperature); the likeliest at temperature 0."""
+    if temperature == 0.0:
+        return logits.argmax(-1)
+    return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+
+
+@dataclass
+class _Writing:
+    """The responses being written: which row of the shrinking batch writes which response."""
+
+    tokens: Int[Tensor, "batch limit"]
+    written: Int[Tensor, " batch"]
+    finished: Bool[Tensor, " batch"]
+    row: Int[Tensor, " running"] = field(repr=False)
+
+    @classmethod
+    def start(cls, size: int, limit: int, device: torch.device) -> "_Writing":
+        return cls(
+            tokens=torch.zeros(size, limit, dtype=torch.long, device=device),
+            written=torch.zeros(size, dtype=torch.long, device=device),
+            finished=torch.zeros(size, dtype=torch.bool, device=device),
+            row=torch.arange(size, device=device),
+        )
+
+    def put(self, step: int, token: Int[Tensor, " running"], stop: Bool[Tensor, " running"]) -> Bool[Tensor, " running"]:
+        """Writes one token to every response not yet finished; returns which rows still run."""
+        open_rows = self.row[~self.finished[self.row]]
+        self.tokens[open_rows, step] = token[~self.finished[self.row]]
+        self.written[open_rows] = step + 1
+        self.finished[self.row] |= stop
+        return ~self.finished[self.row]
+
+    def leave(self, keep: Int[Tensor, " kept"]) -> None:
+        self.row = self.row[keep]
+
+
+def _in_batches(
+    answer: Callable[[PreTrainedModel, Prompts], Completions], policy: PreTrainedModel, prompts: Prompts, size: int
+) -> Completions:
+    """Answers prompts of like length together and puts the answers back in order."""
+    order = torch.argsort(prompts.lengths, descending=True, stable=True)
+    with torch.no_grad(), evaluating(policy):
+        parts = [answer(policy, prompts.rows_at(index)) for index in order.split(size)]
+    return joined(parts).rows_at(torch.argsort(order))
+
+
+def joined(parts: list[Completions]) -> Completions:
+    """The rows of all parts, one part after another."""
+    width = max(part.ids.shape[1] for part in parts)
+    return Completions(
+        ids=torch.cat([torch.nn.functional.pad(part.ids, (0, width - part.ids.shape[1])) for part in parts]),
+        prompt_lengths=torch.cat([part.prompt_lengths for part in parts]),
+        response_lengths=torch.cat([part.response_lengths for part in parts]),
+        finished=torch.cat([part.finished for part in parts]),
+        rows=tuple(row for part in parts for row in part.rows),
+    )
+
+
+def _left_padded(prompts: Prompts) -> tuple[Int[Tensor, "batch prompt"], Bool[Tensor, "batch prompt"]]:
+    """Prompt ids shifted to the right end of the batch, where decoding needs them, and where they are."""
+    width = int(prompts.lengths.max())
+    place = torch.arange(width, device=prompts.ids.device) - (width - prompts.lengths[:, None])
+    return prompts.ids.gather(1, place.clamp_min(0)), place >= 0
+
+
+def _joined(
+    prompts: Prompts,
+    tokens: Int[Tensor, "batch limit"],
+    written: Int[Tensor, " batch"],
+    finished: Bool[Tensor, " batch"],
+) -> Completions:
+    """Prompt and response in one right-padded row."""
+    total = prompts.lengths + written
+    place = torch.arange(int(total.max()), device=tokens.device).expand(len(tokens), -1)
+    in_prompt, in_response = place < prompts.lengths[:, None], place < total[:, None]
+    from_prompt = prompts.ids.gather(1, place.clamp_max(prompts.ids.shape[1] - 1))
+    behind = (place - prompts.lengths[:, None]).clamp(0, tokens.shape[1] - 1)
+    ids = torch.where(in_prompt, from_prompt, tokens.gather(1, behind)) * in_response
+    return Completions(
+        ids=ids, prompt_lengths=prompts.lengths, response_lengths=written, finished=finished, rows=prompts.rows
+    )
+
+
+def _stop_ids(policy: PreTrainedModel) -> Int[Tensor, " stops"]:
+    settings = policy.generation_config
+    stops = settings.eos_token_id if settings is not None else None
+    stops = policy.config.eos_token_id if stops is None else stops
+    if stops is None:
+        raise ValueError(
+            f"the policy ({type(policy).__name__}) names no eos_token_id, so no response could end; set it in the "
+            "folder's config.json or generation_config.json"
+        )
+    return torch.tensor([stops] if isinstance(stops, int) else list(stops), device=policy.device)
+
+
+@contextlib.contextmanager
+def _generation_config(policy: PreTrainedModel, settings: GenerationConfig) -> Iterator[None]:
+    """The policy's own generation defaults (penalties, top-p) put aside: they would change the distribution."""
+    own = policy.generation_config
+    policy.generation_config = settings
+    try:
+        yield
+    finally:
+        policy.generation_config = own
+
+
+def _sizes_wrong(arguments: dict[str, object]) -> list[str]:
+    errors = []
+    for name in ("max_new_tokens", "batch_size"):
+        value = arguments.get(name)
+        if isinstance(value, int) and value < 1:
+            errors.append(f"{name}: got {value}, expected at least 1")
+    temperature = arguments.get("temperature")
+    if isinstance(temperature, int | float) and temperature < 0:
+        errors.append(f"temperature: got {temperature}, expected 0 (greedy) or more")
+    return errors
