@@ -116,7 +116,7 @@ def policy_loss(
     advantages: Float[Tensor, "*tokens"],
     mask: Bool[Tensor, "*tokens"],
     *,
-    clip: Scalar,
+    clip: float | int,
     count: Scalar,
 ) -> tuple[Float[Tensor, ""], Stats]:
     """Σ mᵢ max(−Aᵢ ρᵢ, −Aᵢ clip(ρᵢ, 1 − ε, 1 + ε)) / count with ρ = π/π_old.
@@ -182,7 +182,7 @@ def clipped_value_loss(
     returns: Float[Tensor, "*tokens"],
     mask: Bool[Tensor, "*tokens"],
     *,
-    clip: Scalar,
+    clip: float | int,
     count: Scalar,
 ) -> tuple[Float[Tensor, ""], Stats]:
     """½ Σ mᵢ max((Vᵢ − Rᵢ)², (clip(Vᵢ, V_old,ᵢ ± ε) − Rᵢ)²) / count.
