@@ -1,0 +1,1 @@
+"""What belongs to the project's default experiment and not to the package: data preparation, labelling, measuring."""
