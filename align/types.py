@@ -116,6 +116,8 @@ class Rollout(Record):
     ref_logprobs: Float[Tensor, "batch response"]
     values: Float[Tensor, "batch response"]
     """V(s_t) before token t is emitted."""
+    entropies: Float[Tensor, "batch response"]
+    """Of π_old(· | s_t), in nats."""
     scores: Float[Tensor, " batch"]
     """The reward model's score of each whole response, after the missing-EOS rule."""
     rewards: Float[Tensor, "batch response"]

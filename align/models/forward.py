@@ -10,13 +10,13 @@ import weakref
 from collections.abc import Callable, Iterator
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from align.formulas.losses import entropy
 from align.models.heads import ScalarModel
-from align.types import Completions
 
 LOGITS_PER_CHUNK = 2**25
 """At most this many logits exist at once (128 MiB in float32); more tokens are done in turns and recomputed."""
@@ -88,6 +88,14 @@ def token_logprobs_and_entropies(
     return both[:, 0], both[:, 1]
 
 
+def token_logprobs_and_hits(
+    model: PreTrainedModel, ids: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """`token_logprobs` at temperature 1, with 1 where the token is the likeliest one and 0 elsewhere."""
+    both = _over_logits(model, ids, mask, 1.0, _logprobs_and_hits_of)
+    return both[:, 0], both[:, 1]
+
+
 def token_values(
     model: ScalarModel, ids: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
 ) -> Float[Tensor, " tokens"]:
@@ -104,22 +112,16 @@ def final_scores(
     return _scalar(model, hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
 
 
-def fitted(ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"]) -> Int[Tensor, "batch fitted"]:
-    """`ids` without the columns that are padding in every row."""
-    return ids[:, : int(lengths.max())]
+def fitted(columns: Shaped[Tensor, "batch time"], lengths: Int[Tensor, " batch"]) -> Shaped[Tensor, "batch fitted"]:
+    """Ids or a mask without the columns that are padding in every row."""
+    return columns[:, : int(lengths.max())]
 
 
-def by_response(flat: Float[Tensor, " tokens"], mask: Bool[Tensor, "batch response"]) -> Float[Tensor, "batch response"]:
+def by_response(
+    flat: Float[Tensor, " tokens"], mask: Bool[Tensor, "batch response"]
+) -> Float[Tensor, "batch response"]:
     """Token values, row after row, laid out by response; 0 where the mask is False. Gradients pass."""
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
-
-
-def in_micro_batches(
-    function: Callable[[Completions], Float[Tensor, " values"]], completions: Completions, budget: int
-) -> list[tuple[Completions, Float[Tensor, " values"]]]:
-    """`function` of each micro-batch of the completions, beside the micro-batch; for passes without gradients."""
-    groups = micro_batches(completions.lengths, budget)
-    return [(part, function(part)) for part in (completions.rows_at(group) for group in groups)]
 
 
 def _hidden(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time d"]:
@@ -164,9 +166,13 @@ def _logprobs_of(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " t
 def _logprobs_and_entropies_of(
     logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]
 ) -> Float[Tensor, "tokens 2"]:
-    logp = logits.log_softmax(-1)
-    entropies = -(logp.exp() * logp).sum(-1)
-    return torch.stack([_logprobs_of(logits, targets), entropies], dim=-1)
+    return torch.stack([_logprobs_of(logits, targets), entropy(logits)], dim=-1)
+
+
+def _logprobs_and_hits_of(
+    logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]
+) -> Float[Tensor, "tokens 2"]:
+    return torch.stack([_logprobs_of(logits, targets), (logits.argmax(-1) == targets).float()], dim=-1)
 
 
 def _has_plain_head(model: PreTrainedModel) -> bool:

@@ -50,7 +50,7 @@ def load_tokenizer(path: ModelPath) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"the tokenizer of {path!r} has no EOS token, so a response could never end; "
-            "set one in its tokenizer_config.json (\"eos_token\": \"...\")"
+            'set one in its tokenizer_config.json ("eos_token": "...")'
         )
     return tokenizer
 

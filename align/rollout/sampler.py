@@ -161,7 +161,9 @@ class _Writing:
             row=torch.arange(size, device=device),
         )
 
-    def put(self, step: int, token: Int[Tensor, " running"], stop: Bool[Tensor, " running"]) -> Bool[Tensor, " running"]:
+    def put(
+        self, step: int, token: Int[Tensor, " running"], stop: Bool[Tensor, " running"]
+    ) -> Bool[Tensor, " running"]:
         """Writes one token to every response not yet finished; returns which rows still run."""
         open_rows = self.row[~self.finished[self.row]]
         self.tokens[open_rows, step] = token[~self.finished[self.row]]

@@ -1,0 +1,292 @@
+"""PPO against a reward model, with the pretraining term that makes it PPO-ptx (InstructGPT, section 3.5, Eq. 2).
+
+An iteration is: collect a rollout (`PPOModule.collect`), then take one optimizer step for each minibatch of it
+(`PPOModule.training_step`). The two share one frozen record, the `Rollout`; the data module's loader asks for a new
+one when the last is used up. What departs from the paper, or fills what it leaves open, is listed in docs/details.md.
+"""
+
+import copy
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from align import seeds
+from align.formulas import losses, masked, returns
+from align.models import forward
+from align.models.heads import ScalarModel
+from align.models.load import frozen
+from align.modules.base import AlignModule, Stats
+from align.optim import Optim
+from align.rollout.collect import response_tokens, reward_scores, token_passes
+from align.rollout.sampler import Sampler
+from align.types import Completions, Minibatch, Prompts, Rollout, Sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class PPO:
+    """The numbers of the algorithm. Defaults: InstructGPT, appendix C.4; where it is silent, as docs/details.md says.
+
+    Attributes:
+        kl_coef: β, the price of a nat of KL to the reference, charged at every token.
+        gamma: Discount; 1 is none.
+        lam: λ of GAE: 1 is the Monte-Carlo return, 0 the one-step error.
+        clip: ε: π/π_old has no further effect outside 1 ± ε.
+        value_clip: A value has no further effect beyond this distance from the rollout's; null does not clip.
+        ptx_coef: γ of Eq. 2: weight of the pretraining loss, in mean nats a token. 0 is plain PPO.
+        whiten_advantages: Mean 0 and variance 1 over each minibatch's tokens.
+        whiten_rewards: Variance 1 over the rollout's token rewards; their mean stays.
+        missing_eos: A response cut at the length limit keeps its score, has it replaced by `missing_eos_score`, or has
+            that number subtracted.
+        missing_eos_score: See `missing_eos`. Replacing by -1 assumes rewards of unit scale around 0.
+    """
+
+    kl_coef: float = 0.02
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2
+    value_clip: float | None = 0.2
+    ptx_coef: float = 0.0
+    whiten_advantages: bool = True
+    whiten_rewards: bool = False
+    missing_eos: Literal["keep", "replace", "subtract"] = "keep"
+    missing_eos_score: float = -1.0
+
+
+class PPOModule(AlignModule):
+    """Optimises a policy against a reward model without straying from the reference.
+
+    To change the reward, override `score`; to change the advantage, `estimate_advantages`. To change generation, give
+    another `sampler`.
+
+    Args:
+        policy: What learns. A frozen copy of it, made here, is the KL reference (appendix C.3: the PPO init).
+        value: The value network, initialised from the reward model; learns as well.
+        reward: The reward model; frozen.
+        sampler: Writes the responses.
+        ppo: The algorithm's numbers.
+        value_lr: Peak learning rate of the value network; null means `optim.lr`.
+        tokenizer, optim, micro_batch_tokens, seed: See `AlignModule`.
+    """
+
+    def __init__(
+        self,
+        *,
+        policy: PreTrainedModel,
+        value: ScalarModel,
+        reward: ScalarModel,
+        sampler: Sampler,
+        tokenizer: PreTrainedTokenizerBase,
+        optim: Optim,
+        ppo: PPO,
+        value_lr: float | None = None,
+        micro_batch_tokens: int = 8192,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(tokenizer=tokenizer, optim=optim, micro_batch_tokens=micro_batch_tokens, seed=seed)
+        if sampler.temperature <= 0.0:
+            raise ValueError(
+                f"sampler.temperature: got {sampler.temperature}, expected a positive number: PPO must sample; "
+                "InstructGPT uses 1.0"
+            )
+        self.policy, self.value = policy, value
+        self.reference = frozen(copy.deepcopy(policy))
+        self.reward = frozen(reward)
+        self.sampler = sampler
+        self.ppo = ppo
+        self.value_lr = value_lr
+        self.kl_coef = ppo.kl_coef
+        self._collecting: Stats = {}
+        self.strict_loading = False  # the frozen models are not in checkpoints
+
+    def networks(self) -> Mapping[str, nn.Module]:
+        """See `AlignModule`."""
+        return {"policy": self.policy, "value": self.value}
+
+    def exported(self) -> nn.Module:
+        """See `AlignModule`."""
+        return self.policy
+
+    def learning_rates(self) -> Mapping[str, float]:
+        """See `AlignModule`."""
+        return {} if self.value_lr is None else {"value": self.value_lr}
+
+    # The hooks.
+
+    def score(self, completions: Completions) -> Float[Tensor, " batch"]:
+        """The reward of each whole response. Override it to reward anything else.
+
+        Called by `collect` once a rollout, without gradients, in the trainer's precision. `completions.rows` holds the
+        examples the prompts came from, and `self.tokenizer` decodes.
+        """
+        return reward_scores(self.reward, completions, self.micro_batch_tokens)
+
+    def estimate_advantages(
+        self,
+        rewards: Float[Tensor, "batch response"],
+        values: Float[Tensor, "batch response"],
+        mask: Bool[Tensor, "batch response"],
+    ) -> tuple[Float[Tensor, "batch response"], Float[Tensor, "batch response"]]:
+        """Advantages and the returns the value network shall predict. Override it to use another estimator.
+
+        Called by `collect` once a rollout, without gradients. Advantages are whitened later, minibatch by minibatch.
+        """
+        return returns.generalized_advantages(rewards, values, mask, gamma=self.ppo.gamma, lam=self.ppo.lam)
+
+    # Collecting.
+
+    @torch.no_grad()
+    def collect(self, prompts: Prompts, iteration: int, minibatch: int) -> Rollout:
+        """Answers the prompts with the present policy, and computes all that the update needs.
+
+        Args:
+            prompts: One episode each.
+            iteration: Number of the rollout, from 0; its random draws depend on it and the seed alone.
+            minibatch: Episodes in a minibatch.
+        """
+        start = time.perf_counter()
+        with self.precision(), forward.evaluating(self):
+            with seeds.forked(self.seed, "sample", iteration, self.global_rank):
+                completions = self.sampler(self.policy, prompts.to(self.device))
+            sampled = time.perf_counter()
+            passes = token_passes(
+                completions,
+                policy=self.policy,
+                reference=self.reference,
+                value=self.value,
+                temperature=self.sampler.temperature,
+                minibatch=minibatch,
+                micro_batch_tokens=self.micro_batch_tokens,
+            )
+            scores = self._with_eos_rule(self.score(completions), completions.finished)
+        mask = completions.mask
+        rewards = returns.token_rewards(passes.logprobs, passes.ref_logprobs, scores, mask, self.kl_coef)
+        if self.ppo.whiten_rewards:
+            rewards = masked.whiten_keep_mean(rewards, mask)
+        advantages, targets = self.estimate_advantages(rewards, passes.values, mask)
+        written = float(completions.response_lengths.sum())
+        self._collecting = {
+            "speed/rollout_seconds": torch.tensor(sampled - start),
+            "speed/scoring_seconds": torch.tensor(time.perf_counter() - sampled),
+            "speed/rollout_tokens_per_second": torch.tensor(written / (sampled - start)),
+        }
+        return Rollout(
+            completions=completions,
+            mask=mask,
+            logprobs=passes.logprobs,
+            ref_logprobs=passes.ref_logprobs,
+            values=passes.values,
+            entropies=passes.entropies,
+            scores=scores,
+            rewards=rewards,
+            advantages=advantages,
+            returns=targets,
+        )
+
+    def _with_eos_rule(
+        self, scores: Float[Tensor, " batch"], finished: Bool[Tensor, " batch"]
+    ) -> Float[Tensor, " batch"]:
+        if self.ppo.missing_eos == "replace":
+            return returns.missing_eos_replace(scores, finished, self.ppo.missing_eos_score)
+        if self.ppo.missing_eos == "subtract":
+            return returns.missing_eos_subtract(scores, finished, self.ppo.missing_eos_score)
+        return scores
+
+    # Learning.
+
+    def training_step(self, batch: Minibatch, batch_idx: int) -> dict[str, Any]:
+        """One optimizer step: pretraining and PPO gradients add up, then policy and value network step together."""
+        stats = self.rollout_stats(batch.fresh) if batch.fresh is not None else {}
+        tokens = int(batch.episodes.completions.lengths.sum())
+        if batch.pretraining is not None and self.ppo.ptx_coef > 0.0:
+            stats |= self.accumulate(self.pretraining_losses(batch.pretraining))
+            stats["grad_norm/ptx"] = _gradient_norm(self.policy)
+            tokens += int(batch.pretraining.lengths.sum())
+        stats |= self.accumulate(self.ppo_losses(batch.episodes))
+        stats |= self.step()
+        self.report(stats, tokens=tokens, bar=("rollout/score", "rollout/kl", "rollout/response_length"))
+        return {"metrics": stats, "rollout": batch.fresh}
+
+    def ppo_losses(self, episodes: Rollout) -> Iterator[tuple[Tensor, Stats]]:
+        """Clipped policy and value losses of a minibatch in micro-batches, divided by the whole minibatch's tokens."""
+        count = episodes.mask.sum()
+        advantages = episodes.advantages
+        if self.ppo.whiten_advantages:
+            advantages = masked.whiten(advantages, episodes.mask)
+        for group in forward.micro_batches(episodes.completions.lengths, self.micro_batch_tokens):
+            part, mask = episodes.rows_at(group), episodes.mask[group]
+            ids, scored = response_tokens(part.completions)
+            logprobs = forward.by_response(
+                forward.token_logprobs(self.policy, ids, scored, self.sampler.temperature), mask
+            )
+            values = forward.by_response(forward.token_values(self.value, ids, scored), mask)
+            policy_loss, policy_stats = losses.policy_loss(
+                logprobs, part.logprobs, advantages[group], mask, clip=self.ppo.clip, count=count
+            )
+            value_loss, value_stats = self.value_loss(values, part, count)
+            stats = {f"policy/{name}": value for name, value in policy_stats.items()}
+            stats |= {f"value/{name}": value for name, value in value_stats.items()}
+            stats["policy/ratio_max"] = losses.ratio_max(logprobs, part.logprobs, mask)
+            stats |= {"policy/loss": policy_loss.detach(), "value/loss": value_loss.detach()}
+            yield policy_loss + value_loss, stats
+
+    def value_loss(self, values: Float[Tensor, "batch response"], part: Rollout, count: Tensor) -> tuple[Tensor, Stats]:
+        """Half the squared error to the returns, clipped around the rollout's values if `value_clip` is set."""
+        if self.ppo.value_clip is None:
+            return losses.value_loss(values, part.returns, part.mask, count=count)
+        return losses.clipped_value_loss(
+            values, part.values, part.returns, part.mask, clip=self.ppo.value_clip, count=count
+        )
+
+    def pretraining_losses(self, text: Sequences) -> Iterator[tuple[Tensor, Stats]]:
+        """γ times the mean cross-entropy of pretraining text, in micro-batches: the second line of Eq. 2."""
+        count = text.mask.sum()
+        for part in (text.rows_at(index) for index in forward.micro_batches(text.lengths, self.micro_batch_tokens)):
+            ids, mask = forward.fitted(part.ids, part.lengths), forward.fitted(part.mask, part.lengths)
+            logprobs = forward.token_logprobs(self.policy, ids, mask)
+            loss = losses.cross_entropy(logprobs, torch.ones_like(logprobs, dtype=torch.bool), count)
+            yield self.ppo.ptx_coef * loss, {"ptx/loss": loss.detach()}
+
+    def rollout_stats(self, rollout: Rollout) -> Stats:
+        """What a rollout says of the policy; docs/metrics.md explains each."""
+        mask, lengths = rollout.mask, rollout.completions.response_lengths.float()
+        kl = returns.kl_k1(rollout.logprobs, rollout.ref_logprobs)
+        k3 = returns.kl_k3(rollout.logprobs, rollout.ref_logprobs)
+        seconds = self._collecting.get("speed/rollout_seconds", torch.tensor(float("nan")))
+        return {
+            "rollout/score": rollout.scores.mean(),
+            "rollout/score_std": rollout.scores.std(correction=0),
+            "rollout/reward": masked.masked_sum(rollout.rewards, mask) / len(mask),
+            "rollout/kl": masked.masked_sum(kl, mask) / len(mask),
+            "rollout/kl_k3": masked.masked_sum(k3, mask) / len(mask),
+            "rollout/kl_coef": torch.tensor(self.kl_coef),
+            "rollout/entropy": masked.masked_mean(rollout.entropies, mask),
+            "rollout/response_length": lengths.mean(),
+            "rollout/eos_share": rollout.completions.finished.float().mean(),
+            "value/explained_variance": losses.explained_variance(rollout.values, rollout.returns, mask),
+            "speed/episodes_per_second": len(mask) / seconds,
+            **self._collecting,
+        }
+
+    # Checkpoints.
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps β, and leaves out the frozen models, which the configuration names."""
+        checkpoint["kl_coef"] = self.kl_coef
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {
+            name: value for name, value in weights.items() if not name.startswith(("reference.", "reward."))
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Restores β."""
+        self.kl_coef = checkpoint["kl_coef"]
+
+
+def _gradient_norm(network: nn.Module) -> Float[Tensor, ""]:
+    return nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])

@@ -1,0 +1,140 @@
+"""The reward model: Eq. 1 of InstructGPT on K-wise comparisons, centred on the labelers' demonstrations."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from align.formulas import losses
+from align.models import forward
+from align.models.heads import ScalarModel
+from align.modules.base import AlignModule, Stats
+from align.modules.ranking import RankingMetrics
+from align.optim import Optim
+from align.types import Comparisons, Sequences
+
+PAIR_WEIGHTS: Mapping[str, Callable[..., Tensor]] = {
+    "kept_pairs": losses.pair_weights_kept,
+    "all_pairs": losses.pair_weights_all,
+}
+
+
+class RewardModule(AlignModule):
+    """Learns to score what labelers preferred higher, from all C(K,2) pairs of a prompt at once.
+
+    Every completion is computed once a step, however many pairs it is in; a prompt's pairs are never spread over
+    steps, which would let each completion be learned K-1 times (section 3.5, footnote 5). Ties are dropped.
+    When training ends, the mean reward of the datamodule's demonstrations becomes the model's bias.
+
+    Args:
+        model: A language model with a scalar head.
+        divisor: What a prompt's summed loss is divided by: "kept_pairs", those that do not tie, so that every prompt
+            weighs the same; or "all_pairs", C(K,2). The paper does not say which.
+        tokenizer, optim, micro_batch_tokens, seed: See `AlignModule`.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: ScalarModel,
+        tokenizer: PreTrainedTokenizerBase,
+        optim: Optim,
+        divisor: Literal["kept_pairs", "all_pairs"] = "kept_pairs",
+        micro_batch_tokens: int = 8192,
+        seed: int = 0,
+    ) -> None:
+        super().__init__(tokenizer=tokenizer, optim=optim, micro_batch_tokens=micro_batch_tokens, seed=seed)
+        self.model = model
+        self.pair_weights = PAIR_WEIGHTS[divisor]
+        self.ranking = RankingMetrics()
+
+    def networks(self) -> Mapping[str, nn.Module]:
+        """See `AlignModule`."""
+        return {"model": self.model}
+
+    def exported(self) -> nn.Module:
+        """See `AlignModule`."""
+        return self.model
+
+    def training_step(self, batch: Comparisons, batch_idx: int) -> dict[str, Any]:
+        """One optimizer step on the comparisons of one batch of prompts."""
+        stats = self.accumulate(self.losses(batch)) | self.step()
+        self.report(stats, tokens=int(batch.lengths.sum()), bar=("train/loss", "train/accuracy"))
+        return {"metrics": stats}
+
+    def losses(self, batch: Comparisons) -> Iterator[tuple[Tensor, Stats]]:
+        """The batch's loss in micro-batches of whole prompts, each divided by the prompts of the whole batch."""
+        pairs = losses.preference_pairs(batch.scores, batch.prompt_index)
+        prompts, count = losses.compared_prompts(pairs), max(1, len(pairs.winner))
+        for group in prompt_groups(batch.prompt_index, batch.lengths, self.micro_batch_tokens):
+            part = batch.rows_at(group)
+            rewards = self.rewards(part.ids, part.lengths)
+            own = losses.preference_pairs(part.scores, part.prompt_index)
+            loss = losses.ranking_loss(rewards, own, self.pair_weights(own, prompts))
+            margin = (rewards[own.winner] - rewards[own.loser]).detach()
+            hits = (margin > 0).sum() / count
+            yield loss, {"train/loss": loss.detach(), "train/accuracy": hits, "train/margin": margin.sum() / count}
+
+    def rewards(self, ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
+        """The reward of each sequence."""
+        return forward.final_scores(self.model, forward.fitted(ids, lengths), lengths)
+
+    def validation_step(self, batch: Comparisons, batch_idx: int) -> None:
+        """Scores every completion and counts how the order agrees with the labelers'."""
+        rewards = torch.zeros_like(batch.scores)
+        for group in forward.micro_batches(batch.lengths, self.micro_batch_tokens):
+            part = batch.rows_at(group)
+            rewards[group] = self.rewards(part.ids, part.lengths)
+        self.ranking.update(rewards, batch)
+
+    def on_validation_epoch_end(self) -> None:
+        """Logs what `RankingMetrics` found."""
+        self.log_dict({f"valid/{name}": value for name, value in self.ranking.compute().items()}, prog_bar=True)
+        self.ranking.reset()
+
+    @torch.no_grad()
+    def on_train_end(self) -> None:
+        """Centres the reward: labelers' demonstrations shall have mean 0 (section 3.5)."""
+        batches = self.trainer.datamodule.demonstration_batches()  # type: ignore[attr-defined]
+        with self.precision(), forward.evaluating(self.model):
+            rewards = [self.demonstration_rewards(batch.to(self.device)) for batch in batches]
+        if rewards:
+            self.model.bias += float(losses.reward_bias(torch.cat(rewards)))
+
+    def demonstration_rewards(self, batch: Sequences) -> Float[Tensor, " batch"]:
+        """The reward of each demonstration."""
+        rewards = torch.zeros(len(batch.ids), device=batch.ids.device)
+        for group in forward.micro_batches(batch.lengths, self.micro_batch_tokens):
+            part = batch.rows_at(group)
+            rewards[group] = self.rewards(part.ids, part.lengths)
+        return rewards
+
+
+def prompt_groups(
+    prompt_index: Int[Tensor, " completions"], lengths: Int[Tensor, " completions"], budget: int
+) -> list[Int[Tensor, " picked"]]:
+    """Splits completions into micro-batches that keep a prompt's completions together.
+
+    Args:
+        prompt_index: Which prompt each completion answers.
+        lengths: Tokens of each sequence.
+        budget: Tokens a micro-batch may hold, padding included; a prompt that needs more is one of its own.
+
+    Returns:
+        Indices of completions; prompts with the longest completions first.
+    """
+    index, sizes = prompt_index.cpu(), lengths.cpu()
+    longest = torch.zeros(int(index.max()) + 1, dtype=sizes.dtype).scatter_reduce(0, index, sizes, "amax")
+    counts = torch.bincount(index)
+    groups: list[list[int]] = []
+    rows, width = 0, 0
+    for prompt in torch.argsort(longest, descending=True, stable=True).tolist():
+        rows += int(counts[prompt])
+        if not groups or rows * width > budget:
+            groups.append([])
+            rows, width = int(counts[prompt]), int(longest[prompt])
+        groups[-1].append(prompt)
+    return [torch.isin(index, torch.tensor(group)).nonzero()[:, 0] for group in groups]
