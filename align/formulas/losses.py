@@ -135,9 +135,7 @@ def policy_loss(
         The loss, and as means over tokens: `approx_kl` ½ (log ρ)², `approx_kl_k3` (ρ − 1) − log ρ, both of
         KL(π_old‖π); `clip_fraction`, tokens where the clipped term is the larger one; `ratio`, ρ itself.
     """
-    logprobs, old_logprobs = zero_outside(logprobs, mask), zero_outside(old_logprobs, mask)
-    advantages = zero_outside(advantages, mask)
-    ratio = torch.exp(logprobs - old_logprobs)
+    ratio = zero_outside(logprobs - old_logprobs, mask).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
     with torch.no_grad():
@@ -173,7 +171,7 @@ def value_loss(
         mask: which tokens count.
         count: counted tokens of the whole optimizer step.
     """
-    return 0.5 * masked_sum((zero_outside(values, mask) - zero_outside(returns, mask)).square(), mask) / count, {}
+    return 0.5 * zero_outside(values - returns, mask).square().sum() / count, {}
 
 
 def clipped_value_loss(
@@ -201,11 +199,11 @@ def clipped_value_loss(
     Returns:
         The loss, and `value_clip_fraction`, the share of tokens where the clipped error is the larger one.
     """
-    values, old_values, returns = (zero_outside(x, mask) for x in (values, old_values, returns))
     near = torch.clamp(values, old_values - clip, old_values + clip)
-    plain, clipped = (values - returns).square(), (near - returns).square()
-    stats = {"value_clip_fraction": masked_sum((clipped > plain).detach().to(values.dtype), mask) / count}
-    return 0.5 * masked_sum(torch.maximum(plain, clipped), mask) / count, stats
+    plain = zero_outside(values - returns, mask).square()
+    clipped = zero_outside(near - returns, mask).square()
+    stats = {"value_clip_fraction": (clipped > plain).to(plain.dtype).sum() / count}
+    return 0.5 * torch.maximum(plain, clipped).sum() / count, stats
 
 
 def explained_variance(

@@ -55,7 +55,7 @@ def token_rewards(
         mask: which tokens count.
         kl_coef: β, reward per nat.
     """
-    penalty = kl_coef * kl_k1(zero_outside(logprobs, mask), zero_outside(ref_logprobs, mask))
+    penalty = kl_coef * zero_outside(kl_k1(logprobs, ref_logprobs), mask)
     follows = torch.nn.functional.pad(mask[:, 1:], (0, 1), value=False)
     last = mask & ~follows
     return zero_outside(scores[:, None].expand_as(logprobs), last) - penalty
