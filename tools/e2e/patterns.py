@@ -1,7 +1,7 @@
 """What a text states: per slot, the values its words express, whatever the sheet says.
 
 Values are short marks, not the sheet's own words: a price is `low`, `mid`, `high` or one of the numbers `<20`,
-`20-25`, `>30`. A mark with a `~` is a weak hint ("near the centre", "wine"): it can express the sheet's value and never
+`20-25`, `>30`. A mark with a `~` is a hint ("near the centre", "wine"): it can express the sheet's value and never
 contradicts it. Which marks fit which value of a sheet is decided in `facts.py`. The phrases come from reading the
 demonstrations of the training split.
 """
@@ -9,213 +9,247 @@ demonstrations of the training split.
 import functools
 import re
 import unicodedata
+from collections.abc import Mapping
 
 from tools.e2e.sheets import known_places
 
-_NUMBER_WORDS = {
-    "zero": "0",
-    "one": "1",
-    "two": "2",
-    "three": "3",
-    "four": "4",
-    "five": "5",
-    "twenty": "20",
-    "thirty": "30",
-}
-_LOW = r"low|lower|lowest|poor|poorly|bad|badly|negative|terrible|horrible|awful|unfavou?rable|not good|not great|worst|weak"
-_MID = r"average|averagely|mediocre|okay|ok|decent|decently|moderate|moderately|medium|middle|mid|fair|fairly|mixed|satisfactory|so so|standard|reasonable|adequate|not bad|acceptable"
-_HIGH = r"high|highly|higher|highest|top|excellent|great|good|best|well|outstanding|superb|perfect|positive|favou?rable|exceptional|fantastic|amazing|wonderful|strong|rave"
-_LEVELS = {"low": _LOW, "mid": _MID, "high": _HIGH}
-_PRICE = r"prices?|priced|pricing|costs?|costing|cost|range|ranged|ranges|budget|bracket|pricewise|bill"
-_RATING = (
-    r"rat(?:ed|es?|ings?)|reviews?|reviewed|ranked|rankings?|ranks?|scored?|scores|satisfaction|feedback|stars?|recommended|regarded"
-    r"|acclaimed|reputation|customers?"
-)
+Patterns = Mapping[str, re.Pattern[str]]
 
 
 def _any(*patterns: str) -> re.Pattern[str]:
-    return re.compile("|".join(f"(?:{pattern})" for pattern in patterns))
+    """One pattern that finds any of the phrases, each at word boundaries."""
+    return re.compile(r"(?<!\w)(?:" + "|".join(patterns) + r")(?!\w)")
+
+
+_DIGITS = {"zero": "0", "one": "1", "two": "2", "three": "3", "four": "4", "five": "5", "twenty": "20", "thirty": "30"}
+_RELATIVE = {
+    "high": _any("(?:above|over|higher than|more than|greater than|better than|higher then) (?:the )?average"),
+    "low": _any("(?:below|under|lower than|less than|worse than|cheaper than|sub) (?:the )?average"),
+    "lowish": _any(
+        r"(?:not|n't|nor|never|hardly) (?:(?!and|but|with|has|is|are|famil|kid|child)[\w']+ ){0,3}?"
+        r"(?:high|highly|good|great|well|best|excellent|favou?rable)"
+    ),
+}
+"""Rewritten before the levels are looked for: `higher than average` is high, `not very good` is not good."""
+
+_LOW = "low|lower|lowest|poor|poorly|bad|badly|negative|terrible|horrible|awful|unfavou?rable|worst|weak|lowish|lowly"
+_MID = (
+    "average|averagely|mediocre|okay|ok|decent|decently|moderate|moderately|medium|middle|mid|fair|fairly|mixed"
+    "|satisfactory|so so|standard|reasonable|adequate|not bad|acceptable|modest|modestly"
+)
+_HIGH = (
+    "high|highly|higher|highest|top|excellent|great|good|best|well|outstanding|superb|perfect|positive|favou?rable"
+    "|exceptional|fantastic|amazing|wonderful|strong|rave"
+)
+_LEVEL = f"{_LOW}|{_MID}|{_HIGH}"
+_STOP = "and|but|yet|however|with|is|are|has|have|its|it|their|they|for|than|which|that"
+_PRICE = "prices?|priced|pricing|costs?|costing|ranged?|ranges|budget|bracket|bill"
+_RATING = (
+    "rat(?:ed?|es|ings?)|reviews?|reviewed|ranked|rankings?|ranks?|scored?|scores|satisfaction|feedback|recommended"
+    "|recommendations?|regarded|acclaimed|reputation|approval"
+)
 
 
 def _attached(level: str, noun: str, other: str) -> re.Pattern[str]:
-    """`high (customer) rating`, `rating is (very) high`: level and noun in one clause with nothing of its kind between."""
-    gap = rf"(?:(?!(?:{_LOW}|{_MID}|{_HIGH}|{other}|but|yet|however|{noun})\b)[\w']+ ){{0,3}}"
-    linked = rf"(?:(?!(?:{_LOW}|{_MID}|{_HIGH}|{other}|but|yet|however|and|with)\b)[\w'~]+ ){{0,4}}"
-    joined = rf"(?:(?:and|to|or) (?:{_LOW}|{_MID}|{_HIGH}) )?"
+    """`high (customer) rating`, `rating is (very) high`: level and noun in one clause, nothing of their kind between.
+
+    `other` are the nouns of the other quality that has levels: in `low rating and price` both nouns take the level,
+    in `priced high, low rating` each has its own.
+    """
+    before = rf"(?:(?!(?:{_LEVEL}|{_STOP}|{noun}|{other})\b)[\w'@]+ ){{0,3}}"
+    shared = rf"(?:(?:customer )?(?:{other}) (?:and|as well as) (?:customer )?(?=(?:{noun}) ?(?:[.,]|$|range)))?"
+    after = rf"(?:(?!(?:{_LEVEL}|{other}|and|but|yet|however|with)\b)[\w'@]+ ){{0,5}}"
+    doubled = rf"(?:(?:and|to|or) (?:{_LEVEL}) )?"
     return re.compile(
-        rf"\b(?:{level}) {joined}{gap}(?:{noun})\b|\b(?:{noun}) {linked}(?:{level})\b(?! (?:customer )?(?:{other})\b)"
+        rf"\b(?:{level}) {doubled}{before}{shared}(?:{noun})\b"
+        rf"|\b(?:{noun}) {after}(?:{level})\b(?! (?:customer )?(?:{other})\b)"
     )
 
 
-_PRICE_LEVELS = {mark: _attached(level, _PRICE, _RATING) for mark, level in _LEVELS.items()}
-_RATING_LEVELS = {mark: _attached(level, _RATING, _PRICE) for mark, level in _LEVELS.items()}
+_PRICE_LEVELS: Patterns = {
+    "low": _attached("low|lower|lowest|lowish|lowly|small", _PRICE, _RATING),
+    "mid": _attached("average|averagely|moderate|moderately|medium|middle|mid|mid range", _PRICE, _RATING),
+    "high": _attached("high|highly|higher|highest|top", _PRICE, _RATING),
+    "~fair": _attached("reasonable|reasonably|decent|decently|fair|fairly|modest|modestly|good|well", _PRICE, _RATING),
+}
+_RATING_LEVELS: Patterns = {
+    "low": _attached(_LOW, _RATING, _PRICE),
+    "mid": _attached(_MID, _RATING, _PRICE),
+    "high": _attached(_HIGH, _RATING, _PRICE),
+}
 
-_PRICE_NUMBERS = {
-    "20-25": re.compile(r"£?20 ?(?:£ ?)?(?:-|to|and|or) ?(?:£ ?)?25"),
-    "<20": _any(
-        r"(?:less|lower|cheaper|fewer|no more|not more|lesser) (?:than|then) (?:[a-z]+ ){0,2}£?20",
-        r"(?:under|below|beneath|within|up to|at most|maximum of|sub|max|less) (?:[a-z]+ )?£?20",
-        r"£?20 (?:pounds )?(?:or (?:less|under|below|lower)|and (?:under|below|less))",
-        r"< ?£?20",
+_20, _30 = "(?:[£el] ?)?20", "(?:[£el] ?)?30"
+_PRICE_NUMBERS: Patterns = {
+    "20-25": re.compile(rf"{_20} ?(?:-|to|and|or|through) ?(?:£ ?)?25"),
+    "<20": re.compile(
+        rf"\b(?:less|lower|cheaper|fewer|no more|not more|lesser) (?:than|then|that) (?:[a-z]+ ){{0,2}}{_20}(?! ?-)\b"
+        rf"|\b(?:under|below|beneath|within|up to|at most|maximum of|sub|max|less) (?:[a-z]+ )?{_20}(?! ?-)\b"
+        rf"|{_20} (?:pounds )?(?:or|and) (?:less|under|below|lower)|< ?{_20}"
     ),
-    ">30": _any(
-        r"(?:more|higher|greater|no less) (?:than|then) (?:[a-z]+ ){0,3}£?30",
-        r"(?:over|above|upwards? of|at least|exceed\w*|starting (?:at|from)|minimum of|past|beyond|plus|from|about) (?:[a-z]+ )?£?30",
-        r"£?30 ?(?:\+|pounds and|and (?:over|up|above|higher|more)|or (?:more|above|over|higher)|plus|upwards?)",
-        r"> ?£?30",
+    ">30": re.compile(
+        rf"\b(?:more|higher|greater|mare|no less) (?:than|then|that) (?:[a-z]+ ){{0,3}}{_30}\b"
+        rf"|\b(?:over|above|upwards? of|at least|exceed\w*|start\w* (?:at|from)|minimum of|past|beyond|plus|from)"
+        rf" (?:[a-z]+ )?{_30}\b"
+        rf"|{_30} ?(?:\+|(?:pounds )?(?:and|or) (?:over|up|above|higher|more)|plus|upwards?)|> ?{_30}"
     ),
+    "~20": re.compile(rf"(?<![\d-]){_20}\b(?! ?-)"),
+    "~30": re.compile(rf"(?<![\d-]){_30}\b"),
 }
-_PRICE_WORDS = {
-    "low": _any(
-        r"\b(?:cheap\w*|inexpensive\w*|affordabl[ey]|low ?cost|budget|bargain|economical|reasonabl[ey] cheap)\b",
-        r"\bnot (?:too |very |that )?(?:expensive|pricey)\b",
-    ),
-    "mid": _any(
-        r"\bmoderate(?:ly)?\b(?! (?:customer )?(?:rat|review|star))",
-        r"\bmid ?(?:range|priced?)\b",
-        r"\breasonabl[ey]\b(?! rat)",
-        r"\bfairly priced\b",
-    ),
-    "high": _any(
-        r"(?<!not )(?<!too )\b(?:expensive|expensively|pricey|pricy|costly|high end|upscale|dear|luxur\w+|overpriced)\b",
-        r"\bnot (?:too |very |that )?cheap\b",
-    ),
+_PRICE_WORDS: Patterns = {
+    "low": _any(r"cheap\w*", r"inexpensive\w*", "low ?costs?", "budget", "bargains?", "economical"),
+    "mid": _any(r"moderate(?:ly|s)?(?! (?:customer |\w+ )?(?:rat|review|star|recommend)\w*)", "mid ?(?:range|priced?)"),
+    "high": _any(r"(?<!not )(?<!less )expensive(?:ly)?", r"price?y", "costly", "high end", "upscale", r"luxur\w+"),
+    "~fair": _any("affordabl[ey]", r"reasonabl[ey](?! (?:customer )?rat\w*)", "good value", "value for money"),
+    "~low": _any("(?:not|n't|less) (?:too |very |that |so )?(?:expensive|pricey|costly)"),
+    "~high": _any("not (?:too |very |that |so )?cheap", "fine dining", "overpriced"),
 }
+_SOFTENED = _any("(?:moderately|reasonably|fairly|slightly|mildly|mid range) (?:expensive|pricey|cheap|inexpensive)")
+"""Between two levels: it may stand for either."""
+
 _RATING_NUMBERS = re.compile(
-    r"\b([0-5]) ?(?:out of|of|/) ?5\b|\b([0-5])(?: (?!and|or)[a-z]+)? ?stars?\b|\brat(?:ed|ing) (?:[a-z]+ ){0,3}([0-5])\b(?! ?-)|\bout of ([135]) of 5"
+    r"\b([0-5]) ?(?:-|/|(?:out |our |ouf |ot )?of(?: a)?(?: possible)?) ?5\b(?: ?stars?)?"
+    r"|\b([0-5]) ?(?:customer |star )?stars?\b"
+    r"|\brat(?:ed|ings?) (?:(?:of|at|as|is|a|it|only|just) ){0,3}([0-5])\b(?! ?[-£])"
 )
-_RATING_WORDS = {
-    "low": _any(
-        r"\b(?:poorly|badly) (?:rated|reviewed)\b", r"\blow quality\b", r"\bnot (?:\w+ ){0,2}(?:highly|well) \w+"
+_RATING_WORDS: Patterns = {
+    "~low": _any("low quality", "poor quality", "not (?:the best|recommended)", r"disappoint\w+", "awful", "terrible"),
+    "~mid": _any(
+        "average", "mediocre", "mid ?range (?:customer )?rat(?:ings?|ed)", "decent", "okay", "so so", "not bad"
     ),
-    "mid": _any(r"\baverage\b", r"\bmediocre\b"),
-    "high": _any(
-        r"\b(?:top|highly|well|best) (?:rated|reviewed|ranked|regarded|recommended|praised|rating)\b",
-        r"\bhigh quality\b",
-        r"\bpopular\b",
-        r"\bexcellent\b",
-        r"\brated highly\b",
-        r"\brate\w* it high\w*",
+    "~high": _any(
+        "high quality", "popular", "excellent", "great", "best", "wonderful", "superb", "well liked", "loved"
     ),
 }
-_FOOD = {
-    "Japanese": _any(r"\bjapan\w*\b", r"\bsushi\b"),
-    "Italian": _any(r"\bital\w+\b", r"\bpastas?\b", r"\bpizzas?\b", r"\bspaghetti\b"),
-    "Fast food": _any(
-        r"\bfast ?-?(?:\w+ )?foods?\b",
-        r"\bburgers?\b",
-        r"\bfries\b",
-        r"\bhamburgers?\b",
-        r"\bjunk food\b",
-        r"\btake ?(?:away|out)\b",
-    ),
-    "French": _any(r"\bfrench\b(?! fries)", r"\bfrance\b"),
-    "Indian": _any(r"\bindian?s?\b", r"\bcurr(?:y|ies)\b"),
-    "English": _any(r"\benglish\b", r"\bbritish\b", r"\bfish (?:and|&|n) chips\b", r"\bengland\b"),
-    "Chinese": _any(r"\bchin\w+\b", r"\bdim sum\b"),
+_FOOD: Patterns = {
+    "Japanese": _any(r"japan\w*", "sushi"),
+    "Italian": _any(r"ital\w+", "pastas?", "pizzas?", "spaghetti"),
+    "Fast food": _any(r"fast ?(?:\w+ )?foods?", "burgers?", "french fries", "fries", "hamburgers?", "junk food"),
+    "French": _any("french(?! fries)", "france"),
+    "Indian": _any("indiana?s?", "india", "curr(?:y|ies)"),
+    "English": _any("english(?! (?:pounds?|sterling|currency|money))", "british", "fish (?:and|&|n) chips", "england"),
+    "Chinese": _any("chinese?", "china", "chines", "dim sum"),
     "other": _any(
-        r"\b(?:mexican|thai|spanish|korean|greek|turkish|vietnamese|german|vegetarian|vegan|seafood|steak\w*)\b"
+        "mexican|thai|spanish|korean|greek|turkish|vietnamese|german|vegetarian|vegan|seafood|steaks?|lebanese|russian"
     ),
-    "~Fast food": _any(r"\bamerican\b", r"\bsnacks?\b", r"\bquick\b"),
-    "~French": _any(r"\bwines?\b", r"\bcheeses?\b"),
-    "~English": _any(r"\bbreakfasts?\b", r"\btraditional\b", r"\bnative\b", r"\blocal\b", r"\buk\b"),
-    "~Chinese": _any(r"\bnoodles?\b", r"\basian\b", r"\brice\b"),
-    "~Japanese": _any(r"\basian\b", r"\boriental\b"),
+    "~Fast food": _any("american", "snacks?", "quick", "take ?(?:away|out)s?", "chips", "fast"),
+    "~French": _any("wines?", "cheeses?"),
+    "~English": _any("breakfasts?", "traditional", "native", "local", "uk"),
+    "~Chinese": _any("noodles?", "asian", "rice", "oriental"),
+    "~Japanese": _any("asian", "oriental"),
 }
-_EAT_TYPE = {
-    "pub": _any(r"\bpubs?\b"),
-    "coffee shop": _any(r"\bcoffee ?-?(?:shop|house|bar|place|ship|store|shoppe|cafe)s?\b"),
-    "restaurant": _any(r"\brest[ae]?ur?[ae]?nts?\b", r"\brestau\w+\b"),
-    "~pub": _any(r"\bbars?\b", r"\btaverns?\b", r"\binn\b"),
-    "~coffee shop": _any(r"\bcafes?\b", r"\bcoffees?\b"),
-    "~restaurant": _any(r"\b(?:diner|eatery|bistro|dining|eateries|establishment|place|food)\b"),
+_STYLE = r"(?! (?:style|styled|grub|food|fare|atmosphere|environment|like|type)\b)"
+_EAT_TYPE: Patterns = {
+    "pub": _any(f"pubs?{_STYLE}", "public house"),
+    "coffee shop": _any(rf"coffee ?(?:shop|house|bar|place|ship|store|shoppe)s?{_STYLE}"),
+    "restaurant": _any("rest[ae]?ur?[ae]?nts?", r"restau\w+"),
+    "~pub": _any("pubs?", "bars?", "taverns?", "inn"),
+    "~coffee shop": _any("cafes?", "coffees?"),
+    "~restaurant": _any("diner", "eatery", "bistro", "dining", "eateries"),
 }
-_CENTRE = r"(?:(?:city|town|cities) ?-?(?:cent(?:re|er)s?)|cent(?:re|er) of (?:the )?(?:\w+ )?(?:city|town|cambridge))"
-_AREA_BESIDE = re.compile(
-    rf"\b(?:near|nearby|outside|north|south|east|west|past|close to|beyond|from|next to|by|off|out of|around|away)(?: of| to| by)?(?: the| a)? {_CENTRE}"
+_CENTRE = (
+    r"(?:(?:\w+ )?(?:city|town|cities) ?(?:cent(?:re|er)s?)|(?:city )?cent(?:re|er)(?: of (?:the )?(?:city|town|cambridge))?"
+    r"|cent(?:re|er) city)"
 )
-_AREA = {
-    "city centre": _any(
-        _CENTRE,
-        r"\bdown ?town\b",
-        r"\bheart of (?:the )?(?:city|town)\b",
-        r"\bcentral(?:ly)?\b",
-        r"\binner city\b",
-        r"\bcity area\b",
-        r"\bmiddle of (?:the )?(?:city|town)\b",
-        r"\bcent(?:re|er) city\b",
-        r"\bcent(?:re|er)\b",
-    ),
-    "riverside": _any(r"\briver ?-?(?:side|bank|front|view)?s?\b", r"\brive?r?side\b", r"\bwater ?front\b"),
-    "~city centre": _any(r"\bin (?:the )?(?:city|town)\b", r"\bcity\b"),
-    "~riverside": _any(r"\bwater\b"),
+_AREA_BESIDE = _any(
+    r"(?:near|nearby|outside|north|south|east|west|past|close|beyond|from|next|by|off|out|around|away|outskirts?|edge"
+    rf"|adjacent|minutes)(?: (?:of|to|by|from))?(?: the| a)? {_CENTRE}"
+)
+_AREA: Patterns = {
+    "city centre": _any(_CENTRE, "down ?town", "heart of (?:the )?(?:city|town)", "central(?:ly)?", "inner city"),
+    "riverside": _any("river ?(?:side|bank|front|view)?s?", "rive?r?side", "water ?front", "thames"),
+    "~city centre": _any("city", "town"),
+    "~riverside": _any("water", "rivers?"),
 }
 _CHILD = (
     r"(?:famil(?:y|ies|iy|ily|ys)|kids?|child(?:ren|rens|s)?|children's|childs|toddlers?|youngsters?|babies|minors)"
 )
-_NOT = r"(?:not|never|no|non|nor|n't|cannot|without|isnt|arent|doesnt|dont|cant|lacks?|lacking|unsuitable|inappropriate|discourag\w+|unfriendly|prohibit\w*|avoid|exclud\w+|neither|unwelcom\w+|un|adverse|barred|banned|rather than|instead of|anything but|too \w+ for|leave|hardly|isn't|against|forbid\w*|unsuited|ill suited|far from|less than)"
-_BRIDGE = r"(?:(?!(?:but|yet|however|although|though)\b)[\w']+ ){0,4}"
-_FAMILY_NO = _any(
-    rf"\b{_NOT} {_BRIDGE}{_CHILD}\b",
-    rf"(?<=n't ){_BRIDGE}{_CHILD}\b",
-    rf"\b{_CHILD} (?:(?!(?:but|yet|however|although|though|and|with)\b)[\w']+ ){{0,4}}?(?:not|n't|never|no|unfriendly|unfriendl\w+|prohibited|forbidden|banned|unwelcome\w*|discouraged|free)\b",
-    rf"\b{_CHILD} free\b",
-    rf"\b{_CHILD} un\w+",
-    r"\badults?\b",
-    r"\b(?:over|above) (?:the age of )?1[68]\b",
-    r"\b18 ?\+",
-    r"\bgrown ?ups?\b",
-    r"\bmature\b",
+_NOT = (
+    "(?:not however|not|never|none?|nor|n't|cannot|without|isnt|arent|doesnt|dont|cant|lacks?|lacking|unsuitable|un"
+    r"|inappropriate|discourag\w+|unfriendly|prohibit\w*|avoid|exclud\w+|neither|unwelcom\w+|barred|banned|rather than"
+    r"|instead of|anything but|too \w+ for|leave|hardly|against|forbid\w*|unsuited|far from|less than|bad)"
 )
-_FAMILY_ANY = re.compile(rf"\b{_CHILD}\b|\ball ages\b|\b(?:everyone|anyone)\b")
-_STATED_NO = "no"
+_CLAUSE = "but|yet|however|although|though|and|with|has|have"
+_FAMILY_NO = re.compile(
+    rf"\b(?<!why ){_NOT} (?:(?!(?:{_CLAUSE})\b)[\w']+ ){{0,6}}?{_CHILD}\b"
+    rf"|\b{_CHILD} (?:(?!(?:{_CLAUSE})\b)[\w']+ ){{0,4}}?(?:not|n't|never|no|un\w+|prohibited|forbidden|banned|free)\b"
+    rf"|\badults?\b(?! (?:and|&|or|as well as) (?:\w+ )?{_CHILD})|\b(?:over|above) (?:the age of )?1[68]\b"
+    r"|\b18 ?\+|\bgrown ?ups?\b|\bchild ?less\b|\bmature\b"
+)
+_FAMILY_ANY = re.compile(rf"\b{_CHILD}\b|\ball ages\b")
+_BESIDE = re.compile(r"\b(?:near|nearby|close to|next to|beside|alongside|adjacent to)(?: to)? $")
 
 
 def plain(text: str) -> str:
-    """Lower case without accents, digits for number words, single spaces, punctuation kept as its own token."""
-    text = unicodedata.normalize("NFKD", text.lower())
+    """Lower case without accents, digits for number words, hyphens only in numbers, punctuation set apart."""
+    text = unicodedata.normalize("NFKD", text.lower().replace("’", "'"))
     text = "".join(char for char in text if not unicodedata.combining(char))
-    text = text.replace("’", "'").replace(" 't", "'t").replace(" n't", "n't").replace("n't", " n't")
+    text = re.sub(r" ?n ?'t\b", " n't", text)
     text = re.sub(r"(?<=\d)\s*[-–—]\s*(?=[£\d])", "#", text)
     text = re.sub(r"[-–—]", " ", text).replace("#", "-")
     text = re.sub(r"£\s+|(?:gbp|pounds?|[€$])\s*(?=\d)", "£", text)
     text = re.sub(r"([.,;:!?()])(?!\d)", r" \1 ", text)
-    text = re.sub(r"\b(" + "|".join(_NUMBER_WORDS) + r")\b", lambda match: _NUMBER_WORDS[match[1]], text)
+    text = re.sub(r"\b(" + "|".join(_DIGITS) + r")\b", lambda match: _DIGITS[match[1]], text)
     return re.sub(r"\s+", " ", text).strip() + " "
 
 
-def _place_pattern(place: str) -> str:
-    """A place's name with or without `the`, the last of three or more words left out or not, plurals forgiven."""
-    words = [re.escape(word) for word in plain(place).split() if word != "the"]
-    pattern = " ".join(words[:-1] + [words[-1] + "s?"])
-    if len(words) >= 3 and words[-2] not in {"of", "bar"}:
-        pattern = " ".join(words[:-1]) + f"(?: {words[-1]}s?)?"
-    return pattern.replace("crowne", "crowne?").replace("travellers", "travell?er'?s").replace("browns", "brown'?s")
+@functools.lru_cache(maxsize=65_536)
+def stated(text: str) -> Mapping[str, frozenset[str]]:
+    """Slot -> the marks of the values the text states.
+
+    `name` holds every known place the text names and `near` those it calls near. A mark with a leading `~` is a hint:
+    see the module's docstring.
+    """
+    clean = plain(text)
+    pattern, groups = _places()
+    found = [(groups[match.lastgroup], match.start()) for match in pattern.finditer(clean) if match.lastgroup]
+    rest = pattern.sub("@ ", clean)
+    for level, phrases in _RELATIVE.items():
+        rest = phrases.sub(level, rest)
+    marks = {
+        "name": {place for place, _ in found},
+        "near": {place for place, start in found if _BESIDE.search(clean[max(0, start - 16) : start])},
+        "eat type": _matching(_EAT_TYPE, rest),
+        "food": _matching(_FOOD, rest),
+        "price range": _price(rest),
+        "customer rating": _rating(rest),
+        "area": _area(rest),
+        "family friendly": _family(rest),
+    }
+    return {slot: frozenset(values) for slot, values in marks.items()}
 
 
 @functools.cache
 def _places() -> tuple[re.Pattern[str], dict[str, str]]:
     """One pattern for all places, longest first, and the place each of its groups stands for."""
-    ordered = sorted(known_places(), key=len, reverse=True)
+    ordered = sorted(known_places(), key=lambda place: (-len(place), place))
     groups = {f"p{i}": place for i, place in enumerate(ordered)}
     named = "|".join(f"(?P<{group}>{_place_pattern(place)})" for group, place in groups.items())
-    return re.compile(rf"\b(?:the )?(?:{named})(?: 's|'s)?\b"), groups
+    return re.compile(rf"(?<!\w)(?:the )?(?:{named})(?: ?'s)?(?!\w) ?"), groups
 
 
-def _matching(patterns: dict[str, re.Pattern[str]], text: str) -> set[str]:
+def _place_pattern(place: str) -> str:
+    """A place's name with or without `the` and the last of three or more words, the commonest misspellings forgiven."""
+    words = [re.escape(word) for word in plain(place).split() if word != "the"]
+    ending = words[-1] if words[-1].endswith("s") else words[-1] + "s?"
+    optional = len(words) >= 3 and words[-2] not in {"of", "bar"}
+    pattern = " ".join(words[:-1]) + (f"(?: {ending})?" if optional else f" {ending}")
+    forgiven = {"crowne": "crowne?", "travellers": "travell?er ?'?s", "browns": "brown ?'?s", "cafe": "(?:cafe|coffee)"}
+    return " ".join(forgiven.get(word, word) for word in pattern.strip().split(" "))
+
+
+def _matching(patterns: Patterns, text: str) -> set[str]:
     return {mark for mark, pattern in patterns.items() if pattern.search(text)}
 
 
 def _price(text: str) -> set[str]:
-    numbers = _matching(_PRICE_NUMBERS, text)
-    return numbers | _matching(_PRICE_WORDS, text) | _matching(_PRICE_LEVELS, text)
+    softened = _SOFTENED.sub("", text)
+    marks = _matching(_PRICE_NUMBERS, text) | _matching(_PRICE_WORDS, softened) | _matching(_PRICE_LEVELS, softened)
+    return marks | {"~low", "~fair", "~high"} if softened != text else marks
 
 
 def _rating(text: str) -> set[str]:
-    marks = {f"{next(filter(None, found))}/5" for found in _RATING_NUMBERS.findall(text)}
-    marks |= _matching(_RATING_LEVELS, text)
-    marks |= {f"~{mark}" for mark in _matching(_RATING_WORDS, text) - marks}
-    return marks
+    numbers = {f"{next(filter(None, groups))}/5" for groups in _RATING_NUMBERS.findall(text)}
+    return numbers | _matching(_RATING_LEVELS, text) | _matching(_RATING_WORDS, text)
 
 
 def _area(text: str) -> set[str]:
@@ -227,24 +261,3 @@ def _area(text: str) -> set[str]:
 def _family(text: str) -> set[str]:
     rest, negated = _FAMILY_NO.subn(" ", text)
     return ({"no"} if negated else set()) | ({"yes"} if _FAMILY_ANY.search(rest) else set())
-
-
-@functools.lru_cache(maxsize=65_536)
-def stated(text: str) -> dict[str, frozenset[str]]:
-    """Slot -> the marks of the values the text states; `name` holds every known place it names.
-
-    A mark with a leading `~` is weak: see the module's docstring.
-    """
-    clean = plain(text)
-    pattern, groups = _places()
-    named = frozenset(groups[match.lastgroup] for match in pattern.finditer(clean) if match.lastgroup)
-    rest = pattern.sub(" @ ", clean)
-    found = {
-        "eat type": _matching(_EAT_TYPE, rest),
-        "food": _matching(_FOOD, rest),
-        "price range": _price(rest),
-        "customer rating": _rating(rest),
-        "area": _area(rest),
-        "family friendly": _family(rest),
-    }
-    return {"name": named} | {slot: frozenset(marks) for slot, marks in found.items()}
