@@ -1,0 +1,215 @@
+"""The data family's common part: examples -> encoded examples -> batches, with every dropped example counted.
+
+A member says what an example becomes (`encode`) and how several make a batch (`collate`). Sources, limits, order and
+loaders are the same for all. Nothing here knows models.
+"""
+
+import sys
+from abc import abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Int
+from lightning.pytorch import LightningDataModule
+from lightning.pytorch.utilities import rank_zero_info
+from rich.progress import track
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from transformers import PreTrainedTokenizerBase
+
+from align import seeds
+from align.data.loader import Loader, ShuffledBatches
+from align.data.sources import Source, located, read
+from align.data.templates import Piece, Templates, tokenize
+from align.types import Record, Sequences
+
+Encoded = dict[str, Any]
+
+CHUNK = 2048
+"""Examples tokenised in one call: enough for the tokenizer's threads, few enough for a bar that moves."""
+
+WORTH_A_BAR = 20_000
+"""Examples from which on encoding takes long enough (seconds) to show its progress."""
+
+READ = "examples read"
+USED = "used"
+LONG_PROMPT = "dropped: prompt longer than max_prompt_tokens"
+CUT_RESPONSE = "responses cut to max_response_tokens (a cut response has no EOS)"
+NOTHING_LEARNED = "dropped: no token to learn"
+ALL_TIED = "dropped: all scores equal"
+EMPTY_PROMPT = "dropped: empty prompt"
+CUT_TEXT = "texts longer than max_tokens, cut into pieces"
+
+
+class AlignData(LightningDataModule):
+    """Base of all data modules. To change where examples come from, override `examples`; nothing else is needed.
+
+    Hooks, in the order they are called:
+      * `examples(split) -> Iterable[dict]`: called once a split by `setup`, on every rank. Default: reads the source.
+      * `encode(examples, counts, split) -> list[dict]`: called by `setup` with some thousand examples at a time.
+      * `order(epoch) -> (size,)`: called at the start of every training epoch.
+      * `collate(encoded) -> Record`: called for every batch, in a worker process where there are any.
+
+    Attributes:
+        encoded: split -> its encoded examples, after `setup`.
+        report: split -> what happened to its examples, after `setup`: how many were read, used, dropped and why.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Source,
+        valid: Source | None = None,
+        batch_size: int,
+        valid_batch_size: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        """Args:
+        tokenizer: must have an EOS token; its padding token and side do not matter.
+        train: examples to train on.
+        valid: examples to validate on.
+        batch_size: examples of one optimizer step, all ranks together.
+        valid_batch_size: examples of one validation batch; default: batch_size.
+        seed: decides the training order.
+        num_workers: processes that collate batches; 0 is enough, since `setup` did the tokenisation.
+        """
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.templates = Templates(tokenizer)
+        self.sources: dict[str, Source | None] = {"train": train, "valid": valid}
+        self.batch_size = positive(batch_size, "batch_size")
+        self.valid_batch_size = positive(valid_batch_size or batch_size, "valid_batch_size")
+        self.seed = seed
+        self.num_workers = num_workers
+        self.encoded: dict[str, list[Encoded]] = {}
+        self.report: dict[str, dict[str, int]] = {}
+
+    def examples(self, split: str) -> Iterable[dict[str, Any]]:
+        """The examples of a split, in a format the member understands.
+
+        Called once a split, by `setup`, on every rank. Override it to take examples from anywhere.
+
+        Args:
+            split: "train" or "valid", or a further source that a member names.
+        """
+        source = self.sources[split]
+        return read(source) if source is not None else []
+
+    @abstractmethod
+    def encode(self, examples: Sequence[dict[str, Any]], counts: "Counter[str]", split: str) -> list[Encoded]:
+        """Examples -> what `collate` takes. Drops what cannot be used and counts it.
+
+        Many at once, since a tokenizer is several times faster that way.
+
+        Args:
+            examples: some of a split's examples.
+            counts: to be increased, a sentence -> how many examples it is true of.
+            split: where they come from, as in `examples`.
+        """
+
+    @abstractmethod
+    def collate(self, encoded: list[Encoded]) -> Record:
+        """Encoded examples -> one batch."""
+
+    def order(self, epoch: int) -> Int[Tensor, " size"]:
+        """The indices of an epoch's training examples in order: a pure function of seed and epoch."""
+        return torch.randperm(self.train_size, generator=seeds.generator(self.seed, "order", epoch))
+
+    @property
+    def train_size(self) -> int:
+        """Examples in one training epoch."""
+        return len(self.encoded["train"])
+
+    def setup(self, stage: str | None = None) -> None:
+        """Reads and encodes all sources, once. Called by Lightning on every rank, whatever the stage."""
+        for split in self.sources:
+            if self.sources[split] is not None and split not in self.encoded:
+                self.encoded[split] = self._load(split)
+
+    def _load(self, split: str) -> list[Encoded]:
+        """Reads and encodes one split and reports what became of it.
+
+        Raises:
+            ValueError: no example of the split is usable.
+        """
+        rows = [located(row, f"{split} example {number}") for number, row in enumerate(self.examples(split))]
+        starts: Iterable[int] = range(0, len(rows), CHUNK)
+        if len(rows) >= WORTH_A_BAR and sys.stderr.isatty():
+            starts = track(starts, description=f"Tokenising {split}", transient=True)
+        counts: Counter[str] = Counter()
+        encoded = [item for start in starts for item in self.encode(rows[start : start + CHUNK], counts, split)]
+        happened = {what: count for what, count in counts.items() if count}
+        self.report[split] = {READ: len(rows), USED: len(encoded), **happened}
+        line = f"{split}: " + "; ".join(f"{count:,} {what}" for what, count in self.report[split].items())
+        if not encoded:
+            raise ValueError(f"no usable example. {line}. Check the source ({self._shown(split)}) and the limits")
+        rank_zero_info(line)
+        return encoded
+
+    def training_examples(self) -> list[Encoded]:
+        """What the indices of `order` refer to."""
+        return self.encoded["train"]
+
+    def train_dataloader(self) -> Any:
+        """Shuffled batches; resumable."""
+        return self._loader(self.training_examples(), self.order, self.train_size, self.batch_size)
+
+    def val_dataloader(self) -> Any:
+        """Validation batches, in the order of the source; an empty list where there is no `valid`."""
+        if "valid" not in self.encoded:
+            return []
+        encoded = self.encoded["valid"]
+        return self._loader(encoded, lambda epoch: torch.arange(len(encoded)), len(encoded), self.valid_batch_size)
+
+    def ranks(self) -> tuple[int, int]:
+        """This process's rank and the number of ranks; (0, 1) outside a Trainer."""
+        return (self.trainer.global_rank, self.trainer.world_size) if self.trainer is not None else (0, 1)
+
+    def _loader(self, encoded: list[Encoded], order: Callable[[int], Tensor], size: int, batch_size: int) -> Loader:
+        batches = ShuffledBatches(order, size, batch_size, *self.ranks())
+        return Loader(encoded, batches, self.collate, self.num_workers)
+
+    def _shown(self, split: str) -> str:
+        source = self.sources[split]
+        return source if isinstance(source, str) else f"a list of {len(source or [])}"
+
+
+def positive(value: int, name: str) -> int:
+    """The value, if it is a positive whole number."""
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def filler(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The id that fills rows behind their lengths. Nothing ever looks at it, so it may equal EOS."""
+    pad = tokenizer.pad_token_id
+    return int(tokenizer.eos_token_id if pad is None else pad)  # type: ignore[arg-type]
+
+
+def padded(rows: Sequence[Int[Tensor, " _"]], fill: int) -> tuple[Int[Tensor, "batch time"], Int[Tensor, " batch"]]:
+    """Rows of ids -> one right-padded tensor and the lengths."""
+    ids = pad_sequence([row.long() for row in rows], batch_first=True, padding_value=fill)
+    return ids, torch.tensor([len(row) for row in rows])
+
+
+def compact(ids: list[int]) -> Int[Tensor, " time"]:
+    """Token ids as kept between `setup` and `collate`: four bytes a token."""
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+def sequences(encoded: Sequence[Encoded], fill: int) -> Sequences:
+    """Encoded examples with `ids` and `mask` -> one batch."""
+    ids, lengths = padded([item["ids"] for item in encoded], fill)
+    mask: Bool[Tensor, "batch time"] = pad_sequence([item["mask"] for item in encoded], batch_first=True)
+    return Sequences(ids=ids, lengths=lengths, mask=mask)
+
+
+def tokenize_groups(tokenizer: PreTrainedTokenizerBase, groups: Sequence[Sequence[Piece]]) -> list[list[list[int]]]:
+    """Tokenises the pieces of many examples in one call; the ids come back in the same groups."""
+    flat = iter(tokenize(tokenizer, [piece for group in groups for piece in group]))
+    return [[next(flat) for _ in group] for group in groups]

@@ -1,0 +1,84 @@
+"""Pretraining text: every token of a text is learned. For a base model, and for the pretraining term of PPO-ptx.
+
+Examples are `{text}`. A text longer than the limit becomes several sequences, none of it is lost.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from align.data.base import CUT_TEXT, NOTHING_LEARNED, AlignData, Encoded, compact, filler, positive, sequences
+from align.data.sources import Source
+from align.data.templates import tokenize, whole_text
+from align.types import Sequences
+
+
+class TextData(AlignData):
+    """Plain text to learn as a whole; batches are `Sequences`."""
+
+    def __init__(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Source,
+        valid: Source | None = None,
+        batch_size: int,
+        valid_batch_size: int | None = None,
+        max_tokens: int,
+        seed: int = 0,
+        num_workers: int = 0,
+    ) -> None:
+        """Args:
+        tokenizer: must have an EOS token, which ends every text.
+        train: texts to train on, as `{text}`.
+        valid: texts to validate on.
+        batch_size: sequences of one optimizer step, all ranks together.
+        valid_batch_size: sequences of one validation batch; default: batch_size.
+        max_tokens: length of the longest sequence, in tokens; longer texts are cut into several.
+        seed: decides the training order.
+        num_workers: processes that collate batches.
+        """
+        super().__init__(
+            tokenizer=tokenizer,
+            train=train,
+            valid=valid,
+            batch_size=batch_size,
+            valid_batch_size=valid_batch_size,
+            seed=seed,
+            num_workers=num_workers,
+        )
+        self.max_tokens = positive(max_tokens, "max_tokens")
+
+    def encode(self, examples: Sequence[dict[str, Any]], counts: "Counter[str]", split: str) -> list[Encoded]:
+        """Texts -> sequences of at most `max_tokens` tokens."""
+        return encode_texts(self.tokenizer, examples, self.max_tokens, counts)
+
+    def collate(self, encoded: list[Encoded]) -> Sequences:
+        """Right-padded sequences; the mask is True everywhere but at position 0, which nothing predicts."""
+        return sequences(encoded, filler(self.tokenizer))
+
+
+def encode_texts(
+    tokenizer: PreTrainedTokenizerBase, examples: Sequence[dict[str, Any]], max_tokens: int, counts: "Counter[str]"
+) -> list[Encoded]:
+    """Texts -> `ids` and `mask` of sequences of at most `max_tokens` tokens.
+
+    The pieces of a long text overlap by one token, so each of its tokens but the first is learned exactly once.
+    """
+    if max_tokens < 2:
+        raise ValueError(
+            f"max_tokens must be at least 2 for text, since the first token is not learned; got {max_tokens}"
+        )
+    encoded: list[Encoded] = []
+    for ids in tokenize(tokenizer, [whole_text(row) for row in examples]):
+        counts[NOTHING_LEARNED] += len(ids) < 2
+        counts[CUT_TEXT] += len(ids) > max_tokens
+        for start in range(0, len(ids) - 1, max_tokens - 1):
+            piece = compact(ids[start : start + max_tokens])
+            mask = torch.ones(len(piece), dtype=torch.bool)
+            mask[0] = False
+            encoded.append({"ids": piece, "mask": mask})
+    return encoded
