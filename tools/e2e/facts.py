@@ -4,11 +4,18 @@
 """
 
 import functools
-from collections.abc import Mapping
+import itertools
+import statistics
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from rich.console import Console
+from rich.table import Table
+
+from tools.e2e.files import DATA, read_rows
 from tools.e2e.patterns import stated
-from tools.e2e.sheets import SLOTS, parse
+from tools.e2e.sheets import SLOTS, SPLITS, parse
 
 _FITS: Mapping[str, Mapping[str, frozenset[str]]] = {
     "price range": {
@@ -22,10 +29,10 @@ _FITS: Mapping[str, Mapping[str, frozenset[str]]] = {
     "customer rating": {
         "low": frozenset({"low", "1/5", "~low"}),
         "1 out of 5": frozenset({"low", "1/5", "~low"}),
-        "average": frozenset({"mid", "3/5", "~mid"}),
-        "3 out of 5": frozenset({"mid", "3/5", "~mid"}),
-        "high": frozenset({"high", "5/5", "~high"}),
-        "5 out of 5": frozenset({"high", "5/5", "~high"}),
+        "average": frozenset({"mid", "3/5", "~mid", "~good"}),
+        "3 out of 5": frozenset({"mid", "3/5", "~mid", "~good"}),
+        "high": frozenset({"high", "5/5", "~high", "~good"}),
+        "5 out of 5": frozenset({"high", "5/5", "~high", "~good"}),
     },
 }
 """A word and a number of the same level are one value: people write `cheap` for `less than £20` and the reverse."""
@@ -89,3 +96,92 @@ def _compare(slot: str, facts: Mapping[str, str], marks: Mapping[str, frozenset[
         # People call every place that serves food a restaurant; they mind only where it is no other kind as well.
         against -= {"restaurant"}
     return expressed, bool(against)
+
+
+@dataclass(frozen=True)
+class Detection:
+    """How well one yes-or-no judgement of the checker agrees with people's."""
+
+    texts: int
+    """Texts that a majority of people judged one way."""
+    precision: float
+    recall: float
+    accuracy: float
+    """Against the majority."""
+    accuracy_each: float
+    """Against each person's judgement."""
+    people: float
+    """How often two people who judged the same text agree: no checker can be expected to do better."""
+
+
+def detection(word: str) -> Detection:
+    """Compares the checker with the human `flags` of the rankings: `word` is `missing` or `added`.
+
+    Raises:
+        ValueError: there is no such flag.
+    """
+    if word not in {"missing", "added"}:
+        raise ValueError(f"Expected the flag 'missing' or 'added', got {word!r}.")
+    votes: dict[tuple[str, str], list[bool]] = defaultdict(list)
+    for row in read_rows(DATA / "rankings.rankme.jsonl.gz"):
+        for text, flag in zip(row["responses"], row["flags"], strict=True):
+            if flag:
+                votes[row["prompt"], text].append(word in flag)
+    found = {key: bool(check(*key).missing if word == "missing" else check(*key).wrong) for key in votes}
+    majority = {key: 2 * sum(said) > len(said) for key, said in votes.items() if 2 * sum(said) != len(said)}
+    hits = sum(found[key] and truth for key, truth in majority.items())
+    pairs = [a == b for said in votes.values() for a, b in itertools.combinations(said, 2)]
+    return Detection(
+        texts=len(majority),
+        precision=hits / sum(found[key] for key in majority),
+        recall=hits / sum(majority.values()),
+        accuracy=statistics.mean(found[key] == truth for key, truth in majority.items()),
+        accuracy_each=statistics.mean(found[key] == said for key, all_said in votes.items() for said in all_said),
+        people=statistics.mean(pairs),
+    )
+
+
+def scores_by_errors(criterion: str) -> dict[int, list[float]]:
+    """Number of errors the checker finds -> the scores people gave such texts by a criterion of the rankings."""
+    scores: dict[int, list[float]] = defaultdict(list)
+    for row in read_rows(DATA / "rankings.rankme.jsonl.gz"):
+        if row["criterion"] == criterion:
+            for text, score in zip(row["responses"], row["scores"], strict=True):
+                scores[check(row["prompt"], text).errors].append(score)
+    return dict(sorted(scores.items()))
+
+
+def main() -> None:
+    """Prints the checker's own error rate: against flags, against scores, and on what people wrote."""
+    console = Console()
+    table = Table("people flagged", "texts", "precision", "recall", "accuracy", "with each person", "two people")
+    table.title = "Checker against human flags (majority of each text's judges)"
+    for word in ("missing", "added"):
+        result = detection(word)
+        shares = (result.precision, result.recall, result.accuracy, result.accuracy_each, result.people)
+        table.add_row(word, str(result.texts), *(f"{share:.3f}" for share in shares))
+    console.print(table)
+    table = Table("criterion", *(f"{count} errors" for count in range(4)), title="Mean human score by errors found")
+    for criterion in ("informativeness", "quality", "naturalness"):
+        scores = scores_by_errors(criterion)
+        means = [f"{statistics.mean(scores[k]):.1f} ({len(scores[k])})" if k in scores else "-" for k in range(4)]
+        table.add_row(criterion, *means)
+    console.print(table)
+    table = Table("split", "texts", "missing", "wrong", "no error", "most often missing, wrong")
+    table.title = "Facts a human text leaves out or gets wrong"
+    for split in SPLITS:
+        rows = list(read_rows(DATA / f"demonstrations.{split}.jsonl.gz"))
+        table.add_row(split, f"{len(rows):,}", *_summary([check(row["prompt"], row["response"]) for row in rows]))
+    console.print(table)
+
+
+def _summary(found: Sequence[Facts]) -> list[str]:
+    missing = [slot for facts in found for slot in facts.missing]
+    wrong = [slot for facts in found for slot in facts.wrong]
+    clean = sum(facts.errors == 0 for facts in found) / len(found)
+    worst = f"{statistics.mode(missing)}, {statistics.mode(wrong)}"
+    return [f"{len(missing) / len(found):.3f}", f"{len(wrong) / len(found):.3f}", f"{clean:.3f}", worst]
+
+
+if __name__ == "__main__":
+    main()

@@ -38,10 +38,11 @@ _MID = (
     "|satisfactory|so so|standard|reasonable|adequate|not bad|acceptable|modest|modestly"
 )
 _HIGH = (
-    "high|highly|higher|highest|top|excellent|great|good|best|well|outstanding|superb|perfect|positive|favou?rable"
+    "high|highly|higher|highest|top|excellent|great|best|outstanding|superb|perfect|positive|favou?rable"
     "|exceptional|fantastic|amazing|wonderful|strong|rave"
 )
-_LEVEL = f"{_LOW}|{_MID}|{_HIGH}"
+_GOOD = "good|well|nice|nicely"
+_LEVEL = f"{_LOW}|{_MID}|{_HIGH}|{_GOOD}"
 _STOP = "and|but|yet|however|with|is|are|has|have|its|it|their|they|for|than|which|that"
 _PRICE = "prices?|priced|pricing|costs?|costing|ranged?|ranges|budget|bracket|bill"
 _RATING = (
@@ -76,6 +77,7 @@ _RATING_LEVELS: Patterns = {
     "low": _attached(_LOW, _RATING, _PRICE),
     "mid": _attached(_MID, _RATING, _PRICE),
     "high": _attached(_HIGH, _RATING, _PRICE),
+    "~good": _attached(_GOOD, _RATING, _PRICE),
 }
 
 _20, _30 = "(?:[£el] ?)?20", "(?:[£el] ?)?30"
@@ -96,7 +98,7 @@ _PRICE_NUMBERS: Patterns = {
     "~30": re.compile(rf"(?<![\d-]){_30}\b"),
 }
 _PRICE_WORDS: Patterns = {
-    "low": _any(r"cheap\w*", r"inexpensive\w*", "low ?costs?", "budget", "bargains?", "economical"),
+    "low": _any(r"cheap\w*", r"inexpensive\w*", "low ?costs?", "(?<!high )budget", "bargains?", "economical"),
     "mid": _any(r"moderate(?:ly|s)?(?! (?:customer |\w+ )?(?:rat|review|star|recommend)\w*)", "mid ?(?:range|priced?)"),
     "high": _any(r"(?<!not )(?<!less )expensive(?:ly)?", r"price?y", "costly", "high end", "upscale", r"luxur\w+"),
     "~fair": _any("affordabl[ey]", r"reasonabl[ey](?! (?:customer )?rat\w*)", "good value", "value for money"),
@@ -107,9 +109,9 @@ _SOFTENED = _any("(?:moderately|reasonably|fairly|slightly|mildly|mid range) (?:
 """Between two levels: it may stand for either."""
 
 _RATING_NUMBERS = re.compile(
-    r"\b([0-5]) ?(?:-|/|(?:out |our |ouf |ot )?of(?: a)?(?: possible)?) ?5\b(?: ?stars?)?"
+    r"\b([0-5])(?:\.\d)? ?(?:-|/|(?:out |our |ouf |ot )?of(?: a)?(?: possible)?) ?5\b(?: ?stars?)?"
     r"|\b([0-5]) ?(?:customer |star )?stars?\b"
-    r"|\brat(?:ed|ings?) (?:(?:of|at|as|is|a|it|only|just) ){0,3}([0-5])\b(?! ?[-£])"
+    r"|\brat(?:ed|ings?) (?:(?:of|at|as|is|a|it|only|just) ){0,3}([0-5])\b(?! ?(?:[-£/]|out|our|of|star|customer))"
 )
 _RATING_WORDS: Patterns = {
     "~low": _any("low quality", "poor quality", "not (?:the best|recommended)", r"disappoint\w+", "awful", "terrible"),
@@ -164,16 +166,16 @@ _CHILD = (
     r"(?:famil(?:y|ies|iy|ily|ys)|kids?|child(?:ren|rens|s)?|children's|childs|toddlers?|youngsters?|babies|minors)"
 )
 _NOT = (
-    "(?:not however|not|never|none?|nor|n't|cannot|without|isnt|arent|doesnt|dont|cant|lacks?|lacking|unsuitable|un"
+    "(?:not however|not|never|no|non|none|nor|n't|cannot|without|isnt|arent|doesnt|dont|cant|lacks?|lacking|unsuitable|un"
     r"|inappropriate|discourag\w+|unfriendly|prohibit\w*|avoid|exclud\w+|neither|unwelcom\w+|barred|banned|rather than"
-    r"|instead of|anything but|too \w+ for|leave|hardly|against|forbid\w*|unsuited|far from|less than|bad)"
+    r"|instead of|anything but|too \w+ for|leave|hardly|against|forbid\w*|unsuited|far from|less than)"
 )
 _CLAUSE = "but|yet|however|although|though|and|with|has|have"
 _FAMILY_NO = re.compile(
-    rf"\b(?<!why ){_NOT} (?:(?!(?:{_CLAUSE})\b)[\w']+ ){{0,6}}?{_CHILD}\b"
+    rf"\b(?<!why ){_NOT} (?:(?!(?:{_CLAUSE})\b)[\w']+ ){{0,6}}?{_CHILD}\b(?: (?:of|with|or|and|nor) (?:\w+ )?{_CHILD}\b)?"
     rf"|\b{_CHILD} (?:(?!(?:{_CLAUSE})\b)[\w']+ ){{0,4}}?(?:not|n't|never|no|un\w+|prohibited|forbidden|banned|free)\b"
-    rf"|\badults?\b(?! (?:and|&|or|as well as) (?:\w+ )?{_CHILD})|\b(?:over|above) (?:the age of )?1[68]\b"
-    r"|\b18 ?\+|\bgrown ?ups?\b|\bchild ?less\b|\bmature\b"
+    rf"|\b(?<!and )(?<!or )(?<!as well as )adults?\b(?! (?:and|&|or|as well as) (?:\w+ )?{_CHILD})|\b(?:over|above) (?:the age of )?1[68]\b"
+    r"|\badults? only\b|\b18 ?\+|\bgrown ?ups?\b|\bchild ?less\b|\bmature\b"
 )
 _FAMILY_ANY = re.compile(rf"\b{_CHILD}\b|\ball ages\b")
 _BESIDE = re.compile(r"\b(?:near|nearby|close to|next to|beside|alongside|adjacent to)(?: to)? $")
@@ -203,15 +205,14 @@ def stated(text: str) -> Mapping[str, frozenset[str]]:
     pattern, groups = _places()
     found = [(groups[match.lastgroup], match.start()) for match in pattern.finditer(clean) if match.lastgroup]
     rest = pattern.sub("@ ", clean)
-    for level, phrases in _RELATIVE.items():
-        rest = phrases.sub(level, rest)
+    levelled = functools.reduce(lambda words, item: item[1].sub(item[0], words), _RELATIVE.items(), rest)
     marks = {
         "name": {place for place, _ in found},
         "near": {place for place, start in found if _BESIDE.search(clean[max(0, start - 16) : start])},
         "eat type": _matching(_EAT_TYPE, rest),
         "food": _matching(_FOOD, rest),
-        "price range": _price(rest),
-        "customer rating": _rating(rest),
+        "price range": _price(levelled),
+        "customer rating": _rating(levelled),
         "area": _area(rest),
         "family friendly": _family(rest),
     }
