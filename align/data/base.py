@@ -27,7 +27,7 @@ from align.types import Record, Sequences
 
 Encoded = dict[str, Any]
 
-CHUNK = 2048
+CHUNK = 4096
 """Examples tokenised in one call: enough for the tokenizer's threads, few enough for a bar that moves."""
 
 WORTH_A_BAR = 20_000
@@ -35,6 +35,21 @@ WORTH_A_BAR = 20_000
 
 READ = "examples read"
 USED = "used"
+SIZES = (
+    "batch_size",
+    "valid_batch_size",
+    "max_tokens",
+    "max_prompt_tokens",
+    "max_response_tokens",
+    "max_pretraining_tokens",
+    "max_demonstrations",
+    "episodes",
+    "rollout_batch",
+    "minibatch",
+    "epochs",
+)
+"""Constructor arguments of the family's members that must be at least 1."""
+
 LONG_PROMPT = "dropped: prompt longer than max_prompt_tokens"
 CUT_RESPONSE = "responses cut to max_response_tokens (a cut response has no EOS)"
 NOTHING_LEARNED = "dropped: no token to learn"
@@ -78,15 +93,31 @@ class AlignData(LightningDataModule):
         num_workers: processes that collate batches; 0 is enough, since `setup` did the tokenisation.
         """
         super().__init__()
+        self.require(batch_size=batch_size, valid_batch_size=valid_batch_size)
         self.tokenizer = tokenizer
         self.templates = Templates(tokenizer)
         self.sources: dict[str, Source | None] = {"train": train, "valid": valid}
-        self.batch_size = positive(batch_size, "batch_size")
-        self.valid_batch_size = positive(valid_batch_size or batch_size, "valid_batch_size")
+        self.batch_size = batch_size
+        self.valid_batch_size = batch_size if valid_batch_size is None else valid_batch_size
         self.seed = seed
         self.num_workers = num_workers
         self.encoded: dict[str, list[Encoded]] = {}
         self.report: dict[str, dict[str, int]] = {}
+
+    @classmethod
+    def config_errors(cls, arguments: dict[str, Any]) -> list[str]:
+        """What is wrong with these constructor arguments, in words; for the configuration check and for `require`.
+
+        Args:
+            arguments: some or all of the constructor's arguments; those that are missing are not judged.
+        """
+        sizes = {name: arguments[name] for name in SIZES if isinstance(arguments.get(name), int)}
+        return [f"{name}: got {value}, expected at least 1" for name, value in sizes.items() if value < 1]
+
+    def require(self, **arguments: Any) -> None:
+        """Raises a ValueError with all that `config_errors` finds wrong with the arguments."""
+        if errors := self.config_errors(arguments):
+            raise ValueError("; ".join(errors))
 
     def examples(self, split: str) -> Iterable[dict[str, Any]]:
         """The examples of a split, in a format the member understands.
@@ -176,13 +207,6 @@ class AlignData(LightningDataModule):
     def _shown(self, split: str) -> str:
         source = self.sources[split]
         return source if isinstance(source, str) else f"a list of {len(source or [])}"
-
-
-def positive(value: int, name: str) -> int:
-    """The value, if it is a positive whole number."""
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
-    return value
 
 
 def filler(tokenizer: PreTrainedTokenizerBase) -> int:

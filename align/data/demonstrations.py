@@ -20,7 +20,6 @@ from align.data.base import (
     Encoded,
     compact,
     filler,
-    positive,
     sequences,
     tokenize_groups,
 )
@@ -76,19 +75,31 @@ class DemonstrationData(AlignData):
             seed=seed,
             num_workers=num_workers,
         )
-        if not 0 <= mix_fraction < 1:
-            raise ValueError(f"mix_fraction must be at least 0 and less than 1, got {mix_fraction}")
-        if (mix is not None) != (mix_fraction > 0):
-            raise ValueError(
-                f"mix and mix_fraction go together, got mix={mix!r} and mix_fraction={mix_fraction}; "
-                "give both to mix pretraining text in, or neither"
-            )
-        self.max_prompt_tokens = positive(max_prompt_tokens, "max_prompt_tokens")
-        self.max_response_tokens = positive(max_response_tokens, "max_response_tokens")
+        self.require(
+            max_prompt_tokens=max_prompt_tokens,
+            max_response_tokens=max_response_tokens,
+            mix=mix,
+            mix_fraction=mix_fraction,
+        )
+        self.max_prompt_tokens = max_prompt_tokens
+        self.max_response_tokens = max_response_tokens
         self.loss_on_prompt = loss_on_prompt
         self.mix_fraction = mix_fraction
         if mix is not None:
             self.sources["mix"] = mix
+
+    @classmethod
+    def config_errors(cls, arguments: dict[str, Any]) -> list[str]:
+        """See `AlignData`."""
+        errors = super().config_errors(arguments)
+        mix, fraction = arguments.get("mix"), arguments.get("mix_fraction", 0.0)
+        if not 0 <= fraction < 1:
+            errors.append(f"mix_fraction: got {fraction}, expected at least 0 and less than 1")
+        elif mix is None and fraction > 0:
+            errors.append(f"mix: missing, but mix_fraction is {fraction}; name the texts to mix in, or set it to 0")
+        elif mix is not None and fraction == 0:
+            errors.append("mix_fraction: got 0, so none of the texts of mix would be used; InstructGPT uses 0.1")
+        return errors
 
     @property
     def mixed(self) -> int:

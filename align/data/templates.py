@@ -229,10 +229,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, pieces: Sequence[Piece]) -> lis
         picked = [place for place, piece in enumerate(pieces) if piece.special == special]
         if not picked:
             continue
-        texts = [pieces[place].text for place in picked]
+        texts = list({pieces[place].text: None for place in picked})  # each once: many examples share a prompt
         rows = tokenizer(texts, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"]
-        for place, row in zip(picked, rows, strict=True):
-            ids[place] = list(row)
+        known = dict(zip(texts, rows, strict=True))
+        for place in picked:
+            ids[place] = list(known[pieces[place].text])
     for piece, row in zip(pieces, ids, strict=True):
         # Some tokenizers close every text they start with an EOS token of their own; a prompt must stay open.
         ended = bool(row) and row[-1] == eos

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from align.data.base import CUT_TEXT, NOTHING_LEARNED, AlignData, Encoded, compact, filler, positive, sequences
+from align.data.base import CUT_TEXT, NOTHING_LEARNED, AlignData, Encoded, compact, filler, sequences
 from align.data.sources import Source
 from align.data.templates import tokenize, whole_text
 from align.types import Sequences
@@ -50,7 +50,13 @@ class TextData(AlignData):
             seed=seed,
             num_workers=num_workers,
         )
-        self.max_tokens = positive(max_tokens, "max_tokens")
+        self.require(max_tokens=max_tokens)
+        self.max_tokens = max_tokens
+
+    @classmethod
+    def config_errors(cls, arguments: dict[str, Any]) -> list[str]:
+        """See `AlignData`."""
+        return super().config_errors(arguments) + too_short(arguments, "max_tokens")
 
     def encode(self, examples: Sequence[dict[str, Any]], counts: "Counter[str]", split: str) -> list[Encoded]:
         """Texts -> sequences of at most `max_tokens` tokens."""
@@ -68,10 +74,6 @@ def encode_texts(
 
     The pieces of a long text overlap by one token, so each of its tokens but the first is learned exactly once.
     """
-    if max_tokens < 2:
-        raise ValueError(
-            f"max_tokens must be at least 2 for text, since the first token is not learned; got {max_tokens}"
-        )
     encoded: list[Encoded] = []
     for ids in tokenize(tokenizer, [whole_text(row) for row in examples]):
         counts[NOTHING_LEARNED] += len(ids) < 2
@@ -82,3 +84,10 @@ def encode_texts(
             mask[0] = False
             encoded.append({"ids": piece, "mask": mask})
     return encoded
+
+
+def too_short(arguments: dict[str, Any], name: str) -> list[str]:
+    """What is wrong with a limit on a text's tokens: of a single token, none would be learned."""
+    if arguments.get(name) == 1:
+        return [f"{name}: got 1, expected at least 2, since a text's first token is not learned"]
+    return []
