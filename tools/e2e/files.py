@@ -19,8 +19,7 @@ def read_rows(path: str | Path) -> Iterator[dict[str, Any]]:
         ValueError: a line is not a JSON object; names the file and the line.
     """
     path = Path(path)
-    opened = gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
-    with opened as lines:
+    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue

@@ -149,7 +149,8 @@ _EAT_TYPE: Patterns = {
     "~restaurant": _any("diner", "eatery", "bistro", "dining", "eateries"),
 }
 _CENTRE = (
-    r"(?:(?:\w+ )?(?:city|town|cities) ?(?:cent(?:re|er)s?)|(?:city )?cent(?:re|er)(?: of (?:the )?(?:city|town|cambridge))?"
+    r"(?:(?:\w+ )?(?:city|town|cities) ?(?:cent(?:re|er)s?)"
+    r"|(?:city )?cent(?:re|er)(?: of (?:the )?(?:city|town|cambridge))?"
     r"|cent(?:re|er) city)"
 )
 _AREA_BESIDE = _any(
@@ -166,16 +167,17 @@ _CHILD = (
     r"(?:famil(?:y|ies|iy|ily|ys)|kids?|child(?:ren|rens|s)?|children's|childs|toddlers?|youngsters?|babies|minors)"
 )
 _NOT = (
-    "(?:not however|not|never|no|non|none|nor|n't|cannot|without|isnt|arent|doesnt|dont|cant|lacks?|lacking|unsuitable|un"
-    r"|inappropriate|discourag\w+|unfriendly|prohibit\w*|avoid|exclud\w+|neither|unwelcom\w+|barred|banned|rather than"
+    "(?:not however|not|never|no|non|none|nor|n't|cannot|without|isnt|arent|doesnt|dont|cant|lacks?|lacking"
+    r"|unsuitable|un|inappropriate|discourag\w+|unfriendly|prohibit\w*|avoid|exclud\w+|neither|unwelcom\w+|barred|banned|rather than"
     r"|instead of|anything but|too \w+ for|leave|hardly|against|forbid\w*|unsuited|far from|less than)"
 )
 _CLAUSE = "but|yet|however|although|though|and|with|has|have"
 _FAMILY_NO = re.compile(
-    rf"\b(?<!why ){_NOT} (?:(?!(?:{_CLAUSE})\b)[\w']+ ){{0,6}}?{_CHILD}\b(?: (?:of|with|or|and|nor) (?:\w+ )?{_CHILD}\b)?"
+    rf"\b(?<!why ){_NOT} (?:(?!(?:{_CLAUSE})\b)[\w']+ ){{0,6}}?{_CHILD}\b"
+    rf"(?: (?:of|with|or|and|nor) (?:\w+ )?{_CHILD}\b)?"
     rf"|\b{_CHILD} (?:(?!(?:{_CLAUSE})\b)[\w']+ ){{0,4}}?(?:not|n't|never|no|un\w+|prohibited|forbidden|banned|free)\b"
-    rf"|\b(?<!and )(?<!or )(?<!as well as )adults?\b(?! (?:and|&|or|as well as) (?:\w+ )?{_CHILD})|\b(?:over|above) (?:the age of )?1[68]\b"
-    r"|\badults? only\b|\b18 ?\+|\bgrown ?ups?\b|\bchild ?less\b|\bmature\b"
+    rf"|\b(?<!and )(?<!or )(?<!as well as )adults?\b(?! (?:and|&|or|as well as) (?:\w+ )?{_CHILD})"
+    r"|\b(?:over|above) (?:the age of )?1[68]\b|\badults? only\b|\b18 ?\+|\bgrown ?ups?\b|\bchild ?less\b|\bmature\b"
 )
 _FAMILY_ANY = re.compile(rf"\b{_CHILD}\b|\ball ages\b")
 _BESIDE = re.compile(r"\b(?:near|nearby|close to|next to|beside|alongside|adjacent to)(?: to)? $")
@@ -217,6 +219,11 @@ def stated(text: str) -> Mapping[str, frozenset[str]]:
         "family friendly": _family(rest),
     }
     return {slot: frozenset(values) for slot, values in marks.items()}
+
+
+def plain_without_places(text: str) -> str:
+    """`plain` with every known place replaced by `@`."""
+    return _places()[0].sub("@ ", plain(text))
 
 
 @functools.cache

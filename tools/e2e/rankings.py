@@ -12,7 +12,7 @@ from tools.e2e.instructions import describe_prompt
 from tools.e2e.sheets import normalise
 
 TRAIN_SHARE = 0.6
-"""Of the prompts, and of the judgements by labelers: what is left of both axes keeps 36 % to learn from, 16 % to test on."""
+"""Of the prompts, and of the judgements by labelers: of all, 36 % are then left to learn from and 16 % to test on."""
 
 
 def convert(judged: Mapping[str, Any]) -> dict[str, Any]:
