@@ -62,7 +62,7 @@ class DemonstrationData(AlignData):
         max_response_tokens: longer responses are cut and lose their EOS; counts the EOS.
         loss_on_prompt: also learn to write the prompts.
         mix: pretraining texts, as `{text}`, to mix into training.
-        mix_fraction: share of the training examples that are such texts, from 0 to below 1; the paper's is 0.1.
+        mix_fraction: share of the training examples that are such texts, from 0 (none) to below 1; InstructGPT's is 0.1.
         seed: decides the training order and which texts are mixed in.
         num_workers: processes that collate batches.
         """
@@ -85,7 +85,7 @@ class DemonstrationData(AlignData):
         self.max_response_tokens = max_response_tokens
         self.loss_on_prompt = loss_on_prompt
         self.mix_fraction = mix_fraction
-        if mix is not None:
+        if mix is not None and mix_fraction > 0:
             self.sources["mix"] = mix
 
     @classmethod
@@ -97,8 +97,6 @@ class DemonstrationData(AlignData):
             errors.append(f"mix_fraction: got {fraction}, expected at least 0 and less than 1")
         elif mix is None and fraction > 0:
             errors.append(f"mix: missing, but mix_fraction is {fraction}; name the texts to mix in, or set it to 0")
-        elif mix is not None and fraction == 0:
-            errors.append("mix_fraction: got 0, so none of the texts of mix would be used; InstructGPT uses 0.1")
         return errors
 
     @property

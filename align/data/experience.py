@@ -1,0 +1,313 @@
+"""Experience for PPO, as data: a loader of minibatches that asks for a new rollout whenever the last one is used up.
+
+Knows prompts, order and position. What a rollout is made of is the module's business (`collect`).
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+from torch import distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from align import seeds
+from align.data.base import Encoded, filler, sequences
+from align.data.loader import stream
+from align.data.prompts import PromptData
+from align.data.sources import Source
+from align.data.text import encode_texts, too_short
+from align.types import Minibatch, Prompts, Record, Rollout, Sequences
+
+Collect = Callable[[Prompts, int, int], Rollout]
+"""(prompts, iteration, episodes in a minibatch) -> the rollout, in the order of the prompts."""
+
+
+class ExperienceData(PromptData):
+    """Prompts to collect rollouts from, and pretraining text for PPO-ptx; training batches are `Minibatch`.
+
+    The whole run is one epoch of the Trainer (`max_epochs: 1`), with one batch for each optimizer step. Sizes count all
+    ranks together. Validation batches are `Prompts`.
+    """
+
+    def __init__(
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        train: Source,
+        valid: Source | None = None,
+        episodes: int,
+        rollout_batch: int,
+        minibatch: int,
+        epochs: int = 1,
+        max_prompt_tokens: int,
+        valid_batch_size: int | None = None,
+        pretraining: Source | None = None,
+        pretraining_batch: int = 0,
+        max_pretraining_tokens: int | None = None,
+        seed: int = 0,
+    ) -> None:
+        """Args:
+        tokenizer: must have an EOS token.
+        train: examples whose prompts are answered; used again and again, shuffled anew each time.
+        valid: examples whose prompts are answered in validation.
+        episodes: responses of the whole run.
+        rollout_batch: episodes collected before the policy is updated.
+        minibatch: episodes of one optimizer step.
+        epochs: how often each episode is learned from.
+        max_prompt_tokens: longer prompts are dropped.
+        valid_batch_size: prompts of one validation batch; default: rollout_batch.
+        pretraining: texts of the pretraining term of PPO-ptx, as `{text}`.
+        pretraining_batch: texts of one optimizer step, 0 for none; InstructGPT takes 8 an episode.
+        max_pretraining_tokens: length of the longest text, in tokens; longer ones are cut into several.
+        seed: decides the order of prompts, minibatches and texts.
+        """
+        self.require(
+            episodes=episodes,
+            rollout_batch=rollout_batch,
+            minibatch=minibatch,
+            epochs=epochs,
+            pretraining=pretraining,
+            pretraining_batch=pretraining_batch,
+            max_pretraining_tokens=max_pretraining_tokens,
+        )
+        super().__init__(
+            tokenizer=tokenizer,
+            train=train,
+            valid=valid,
+            batch_size=rollout_batch,
+            valid_batch_size=valid_batch_size,
+            max_prompt_tokens=max_prompt_tokens,
+            seed=seed,
+        )
+        self.iterations = episodes // rollout_batch
+        self.rollout_batch, self.minibatch, self.epochs = rollout_batch, minibatch, epochs
+        self.pretraining_batch = pretraining_batch
+        self.max_pretraining_tokens = max_pretraining_tokens
+        if pretraining is not None and pretraining_batch > 0:
+            self.sources["pretraining"] = pretraining
+
+    @classmethod
+    def config_errors(cls, arguments: dict[str, Any]) -> list[str]:
+        """See `AlignData`; also finds sizes that do not divide."""
+        errors = super().config_errors(arguments)
+        if not errors:
+            errors += _not_dividing(arguments, "episodes", "rollout_batch")
+            errors += _not_dividing(arguments, "rollout_batch", "minibatch")
+        count = arguments.get("pretraining_batch") or 0
+        if count < 0:
+            errors.append(f"pretraining_batch: got {count}, expected 0 (no pretraining term) or more")
+        for name in ("pretraining", "max_pretraining_tokens"):
+            if count > 0 and arguments.get(name) is None:
+                errors.append(f"{name}: missing, but pretraining_batch is {count}; set it, or pretraining_batch to 0")
+        return errors + too_short(arguments, "max_pretraining_tokens")
+
+    def encode(self, examples: Sequence[dict[str, Any]], counts: "Counter[str]", split: str) -> list[Encoded]:
+        """Examples -> the ids of their prompts, and the examples; texts -> all of them."""
+        if split == "pretraining":
+            assert self.max_pretraining_tokens is not None  # `config_errors` saw to it
+            return encode_texts(self.tokenizer, examples, self.max_pretraining_tokens, counts)
+        return super().encode(examples, counts, split)
+
+    def train_dataloader(self) -> "ExperienceLoader":
+        """Minibatches of experience, collected by the Trainer's module; resumable."""
+        rank, world_size = self.ranks()
+        return ExperienceLoader(
+            collect=self._collect,
+            prompts=self._prompts,
+            prompt_count=len(self.encoded["train"]),
+            texts=self._texts if self.pretraining_batch else None,
+            text_count=len(self.encoded.get("pretraining", [])),
+            iterations=self.iterations,
+            rollout_batch=self.rollout_batch,
+            minibatch=self.minibatch,
+            epochs=self.epochs,
+            pretraining_batch=self.pretraining_batch,
+            seed=self.seed,
+            rank=rank,
+            world_size=world_size,
+        )
+
+    def _collect(self, prompts: Prompts, iteration: int, minibatch: int) -> Rollout:
+        assert self.trainer is not None
+        return self.trainer.lightning_module.collect(prompts, iteration, minibatch)  # type: ignore[operator]
+
+    def _prompts(self, index: Int[Tensor, " picked"]) -> Prompts:
+        return self.collate([self.encoded["train"][place] for place in index.tolist()])
+
+    def _texts(self, index: Int[Tensor, " picked"]) -> Sequences:
+        return sequences([self.encoded["pretraining"][place] for place in index.tolist()], filler(self.tokenizer))
+
+
+class ExperienceLoader:
+    """Yields the minibatches of a whole PPO run and collects a rollout whenever they run out.
+
+    It must have a length: without one Lightning fetches a batch ahead, and each rollout would come from a policy that
+    lacks the last update of the previous one. Everything it yields is a function of the step, the seed and the
+    collected rollouts, so its checkpoint holds the step and, in the middle of a rollout, that rollout.
+    """
+
+    def __init__(
+        self,
+        *,
+        collect: Collect,
+        prompts: Callable[[Int[Tensor, " picked"]], Prompts],
+        prompt_count: int,
+        texts: Callable[[Int[Tensor, " picked"]], Sequences] | None,
+        text_count: int,
+        iterations: int,
+        rollout_batch: int,
+        minibatch: int,
+        epochs: int,
+        pretraining_batch: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        """Args:
+        collect: makes a rollout of prompts.
+        prompts: indices -> prompts.
+        prompt_count: number of different prompts.
+        texts: indices -> pretraining texts; None without the pretraining term.
+        text_count: number of different texts.
+        iterations: rollouts of the run.
+        rollout_batch: episodes of a rollout, all ranks together.
+        minibatch: episodes of an optimizer step, all ranks together.
+        epochs: passes over each rollout.
+        pretraining_batch: texts of an optimizer step, all ranks together.
+        seed: decides the order of prompts, minibatches and texts.
+        rank: which rank's part of all that to yield.
+        world_size: number of ranks.
+        """
+        for name, size in (("minibatch", minibatch), ("pretraining_batch", pretraining_batch)):
+            if size % world_size:
+                raise ValueError(f"{name}={size} cannot be shared equally by {world_size} ranks; choose a multiple")
+        self.collect, self.prompts, self.texts = collect, prompts, texts
+        self.prompt_count, self.text_count = prompt_count, text_count
+        self.iterations, self.rollout_batch, self.epochs = iterations, rollout_batch, epochs
+        self.own_episodes, self.own_minibatch = rollout_batch // world_size, minibatch // world_size
+        self.pretraining_batch = pretraining_batch
+        self.seed, self.rank, self.world_size = seed, rank, world_size
+        self.steps_per_rollout = epochs * (rollout_batch // minibatch)
+        self.step = 0
+        self._rollout: Rollout | None = None
+
+    def __len__(self) -> int:
+        """Optimizer steps of the run."""
+        return self.iterations * self.steps_per_rollout
+
+    def __iter__(self) -> Iterator[Minibatch]:
+        # A generator: nothing is collected before the first minibatch is asked for.
+        if self.step >= len(self):
+            raise ValueError(
+                f"the run's {len(self)} optimizer steps are done and there is no second epoch of them; "
+                "set trainer.max_epochs to 1, and raise episodes to train longer"
+            )
+        while self.step < len(self):
+            yield self._next()
+
+    def _next(self) -> Minibatch:
+        iteration, cursor = divmod(self.step, self.steps_per_rollout)
+        fresh = cursor == 0
+        if fresh or self._rollout is None:
+            self._rollout = None  # free the old one before the new one is made
+            self._rollout = self.collect(self._prompts_of(iteration), iteration, self.own_minibatch)
+        rollout = self._rollout
+        batch = Minibatch(
+            episodes=rollout.rows_at(self._episodes(iteration, cursor)),
+            pretraining=self._pretraining(self.step),
+            fresh=rollout if fresh else None,
+            iteration=iteration,
+        )
+        self.step += 1
+        return batch
+
+    def _prompts_of(self, iteration: int) -> Prompts:
+        start = iteration * self.rollout_batch
+        index = stream(self.prompt_count, start, self.rollout_batch, self.seed, "prompts")
+        return self.prompts(index[self.rank :: self.world_size])
+
+    def _episodes(self, iteration: int, cursor: int) -> Int[Tensor, " picked"]:
+        """The episodes of a minibatch. The first epoch takes them as they were collected.
+
+        Prompts come shuffled already, so that is a random split; and the first minibatch is computed in exactly the
+        shapes its log-probs were, which makes the first ratio exactly 1.
+        """
+        epoch, place = divmod(cursor, self.steps_per_rollout // self.epochs)
+        order = torch.arange(self.own_episodes)
+        if epoch > 0:
+            step = iteration * self.epochs + epoch
+            order = torch.randperm(self.own_episodes, generator=seeds.generator(self.seed, "minibatches", step))
+        return order[place * self.own_minibatch :][: self.own_minibatch]
+
+    def _pretraining(self, step: int) -> Sequences | None:
+        if self.texts is None:
+            return None
+        count = self.pretraining_batch
+        index = stream(self.text_count, step * count, count, self.seed, "pretraining")
+        return self.texts(index[self.rank :: self.world_size])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Optimizer steps begun, and each rank's rollout where it is needed again; tensors and numbers only.
+
+        All ranks must call it, as Lightning does when it saves: Lightning keeps the first rank's answer.
+        """
+        needed = self._rollout is not None and self.step % self.steps_per_rollout != 0
+        own = _tensors(self._rollout) if needed and self._rollout is not None else {}
+        everyone: list[dict[str, Tensor]] = [own]
+        if self.world_size > 1:
+            everyone = [{} for _ in range(self.world_size)]
+            dist.all_gather_object(everyone, own)
+        return {"step": self.step, "rollouts": everyone}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues behind the last step begun. With another number of ranks, the present rollout is made anew."""
+        self.step = state["step"]
+        self._rollout = None
+        if self.step % self.steps_per_rollout == 0:
+            return
+        if len(state["rollouts"]) != self.world_size:
+            rank_zero_warn(
+                f"the checkpoint was saved by {len(state['rollouts'])} ranks and is resumed by {self.world_size}: the "
+                "rollout it was learning from is collected again, so the run will differ a little from an unbroken one"
+            )
+            return
+        rows = self._prompts_of(self.step // self.steps_per_rollout).rows
+        self._rollout = _record(Rollout, state["rollouts"][self.rank], rows)
+
+
+def _not_dividing(arguments: dict[str, Any], whole: str, part: str) -> list[str]:
+    size, unit = arguments.get(whole), arguments.get(part)
+    if not isinstance(size, int) or not isinstance(unit, int) or size % unit == 0:
+        return []
+    near = sorted({max(1, size // unit) * unit, (size // unit + 1) * unit})
+    return [f"{whole}: got {size}, expected a multiple of {part}={unit}, such as {' or '.join(map(str, near))}"]
+
+
+def _tensors(record: Record, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a record and of the records in it, on the CPU, by dotted field name."""
+    found: dict[str, Tensor] = {}
+    for item in fields(record):  # type: ignore[arg-type]
+        value = getattr(record, item.name)
+        if isinstance(value, Tensor):
+            found[prefix + item.name] = value.cpu()
+        elif isinstance(value, Record):
+            found |= _tensors(value, f"{prefix}{item.name}.")
+    return found
+
+
+def _record(kind: Any, tensors: dict[str, Tensor], rows: tuple[dict[str, Any], ...], prefix: str = "") -> Any:
+    """The inverse of `_tensors`; `rows` fills the field of that name, which is not saved."""
+    values: dict[str, Any] = {}
+    for item in fields(kind):
+        if item.name == "rows":
+            values[item.name] = rows
+        elif is_dataclass(item.type):
+            values[item.name] = _record(item.type, tensors, rows, f"{prefix}{item.name}.")
+        else:
+            values[item.name] = tensors[prefix + item.name]
+    return kind(**values)
