@@ -1,0 +1,157 @@
+"""What the commands of the package share: the command line, the run folder, and errors that a user can act on.
+
+A user's mistake ends a command with a readable message and exit code 2; everything else keeps its traceback.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from omegaconf import DictConfig, OmegaConf
+
+from align.config import ConfigError
+
+MARK = "# Written by align"
+"""How a `config.yaml` begins that makes its folder a run folder, which `overwrite` may delete."""
+
+MISTAKE = 2
+"""The exit code of a user's mistake; argparse uses the same."""
+
+
+def run(
+    body: Callable[[str, list[str]], None], argv: Sequence[str] | None, *, prog: str, description: str, epilog: str
+) -> int:
+    """Runs a command `PROG CONFIG [key=value ...]` and returns its exit code.
+
+    Args:
+        body: Does the work, given the path of the YAML and the overrides.
+        argv: Without the program's name; None takes the process's own.
+        prog: As a user types it, such as `python -m align.fit`.
+        description: What the command does, for `--help`.
+        epilog: Overrides explained and examples, for `--help`.
+
+    Returns:
+        0, or 2 after a user's mistake, which has been printed to stderr.
+    """
+    config, overrides = parse(argv, prog=prog, description=description, epilog=epilog)
+    try:
+        body(config, overrides)
+    except (ValueError, FileNotFoundError, MisconfigurationException) as error:
+        if not is_users_mistake(error):
+            raise
+        _print_mistake(prog, config, error)
+        return MISTAKE
+    return 0
+
+
+def parse(argv: Sequence[str] | None, *, prog: str, description: str, epilog: str) -> tuple[str, list[str]]:
+    """The path of the YAML and the overrides, in the order given, whichever of the two forms they have."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        usage=f"{prog} CONFIG [key=value ...]",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="the YAML file of the run")
+    known, overrides = parser.parse_known_args(argv)
+    return known.config, overrides
+
+
+def is_users_mistake(error: BaseException) -> bool:
+    """True: the message is meant for the user. The package raises ValueError for nothing else, libraries might."""
+    if isinstance(error, ConfigError | MisconfigurationException):
+        return True
+    return _module_that_raised(error.__traceback__).partition(".")[0] == "align"
+
+
+def prepare_run_folder(config: DictConfig) -> Path:
+    """Makes the folder `run_dir` of a checked configuration and writes the resolved configuration into it.
+
+    A folder that holds nothing but an earlier `config.yaml` is used again: that run never began.
+
+    Raises:
+        ConfigError: The folder is in use and `overwrite` is not set, or is not a run's folder, so is not deleted.
+    """
+    folder = Path(config.run_dir)
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError([f"run_dir: {folder} is a file, expected a folder or a name that is free"])
+    if folder.is_dir() and {item.name for item in folder.iterdir()} - ({"config.yaml"} if _is_run(folder) else set()):
+        if not config.get("overwrite", False):
+            raise ConfigError([f"run_dir: {folder} exists and is not empty; {_how_to_proceed(folder)}"])
+        _delete(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError([f"run_dir: {folder} cannot be made: {error.strerror}"]) from error
+    text = OmegaConf.to_yaml(config, resolve=True)
+    write_atomically(folder / "config.yaml", f"{MARK}: the configuration of this run, references resolved.\n{text}")
+    return folder
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes a text file under a temporary name and renames it, so that it is never seen half written."""
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with open(descriptor, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(name, 0o644)
+        os.replace(name, path)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _print_mistake(prog: str, config: str, error: Exception) -> None:
+    messages = error.errors if isinstance(error, ConfigError) else [str(error)]
+    count = "1 error" if len(messages) == 1 else f"{len(messages)} errors"
+    lines = [f"{prog} {config}: {count}", *("  - " + text.replace("\n", "\n    ") for text in messages)]
+    print("\n".join(lines), file=sys.stderr)
+
+
+def _module_that_raised(traceback: TracebackType | None) -> str:
+    name = ""
+    while traceback is not None:
+        name = traceback.tb_frame.f_globals.get("__name__", "")
+        if name == "__main__":  # `python -m align.fit`
+            name = getattr(traceback.tb_frame.f_globals.get("__spec__"), "name", name)
+        traceback = traceback.tb_next
+    return name
+
+
+def _is_run(folder: Path) -> bool:
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return False
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        return lines.readline().startswith(MARK)
+
+
+def _how_to_proceed(folder: Path) -> str:
+    if _is_run(folder):
+        return "overwrite=true deletes that run and starts anew, run_dir=... writes elsewhere"
+    return "no run of align made it, so choose another with run_dir=..."
+
+
+def _delete(folder: Path) -> None:
+    """Deletes a run's folder, and only that: what is in it must be that run's own."""
+    real = folder.resolve()
+    inner = [file.parent for file in real.rglob("config.yaml") if file.parent != real and _is_run(file.parent)]
+    if not _is_run(folder):
+        reason = "it holds no config.yaml written by align"
+    elif inner:
+        reason = f"it holds another run, {os.path.relpath(inner[0], real)}"
+    elif Path.cwd().is_relative_to(real):
+        reason = "it is, or holds, the working directory"
+    else:
+        shutil.rmtree(real)
+        return
+    raise ConfigError([f"run_dir: {folder} is not deleted, though overwrite=true: {reason}; choose another run_dir"])

@@ -1,0 +1,362 @@
+"""One YAML a run: read it with overrides, report every error at once, build the objects it names.
+
+`read` -> `check` -> `build`. A mapping with `_target_: dotted.path` is built by calling that class or function with the
+other keys as arguments, so its signature is the schema (see `schema`).
+Nothing is loaded before `check` has found no error. What the parts of a run mean is left to the objects built.
+"""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from inspect import Parameter
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+
+from align import inputs, schema
+from align import overrides as command_line
+from align.loggers import wandb_settings
+from align.schema import TARGET, join
+
+FIT_KEYS: Mapping[str, Any] = {
+    "run_dir": str,
+    "seed": int,
+    "overwrite": bool,
+    "tokenizer": Any,
+    "data": LightningDataModule,
+    "module": LightningModule,
+    "trainer": dict[str, Any],
+    "callbacks": dict[str, Callback | None],
+    "loggers": dict[str, Any],
+}
+"""The top-level keys of `align.fit` and what each must be."""
+
+FIT_REQUIRED = ("run_dir", "seed", "data", "module", "trainer")
+
+TRAINER_REMEDIES: Mapping[str, str] = {
+    "gradient_clip_val": "has no effect here; use module.optim.max_grad_norm",
+    "gradient_clip_algorithm": "has no effect here; gradients are clipped by norm: module.optim.max_grad_norm",
+    "accumulate_grad_batches": "has no effect here; to save memory use module.micro_batch_tokens, which splits a batch",
+    "callbacks": "is set by align.fit; list them under the top-level key callbacks",
+    "logger": "is set by align.fit; choose loggers under the top-level key loggers",
+    "default_root_dir": "is set by align.fit; everything is written under run_dir",
+    "use_distributed_sampler": "is set by align.fit; the data modules order their own batches",
+    "inference_mode": "is set by align.fit; leave it out",
+    "enable_checkpointing": "is set by align.fit; give a lightning.pytorch.callbacks.ModelCheckpoint under callbacks",
+}
+"""Trainer arguments that do nothing or raise under manual optimisation, or that `fit` itself sets."""
+
+ONE_PROCESS: Mapping[str, Collection[Any]] = {"devices": (1, "1", "auto"), "num_nodes": (1,)}
+
+
+class ConfigError(ValueError):
+    """What is wrong with a configuration, or with what it led to.
+
+    Args:
+        errors: One message each, beginning with the place in the YAML.
+    """
+
+    def __init__(self, errors: Sequence[str]) -> None:
+        super().__init__("\n".join(errors))
+        self.errors = list(errors)
+
+
+class _Unknown:
+    """Stands for a value that is missing or cannot be resolved; already reported, so it fits everywhere."""
+
+
+def read(path: str | Path, overrides: Sequence[str] = (), known_keys: Collection[str] = FIT_KEYS) -> DictConfig:
+    """The YAML with overrides applied, in struct mode; references are kept.
+
+    Args:
+        path: Of the YAML file.
+        overrides: `key=value` or `--key=value`, nested keys with dots, values as in YAML. The key must be in the file,
+            or be a parameter of the node's target or of the Trainer, or a key the command knows.
+        known_keys: Top-level keys the command knows.
+
+    Raises:
+        ConfigError: The file cannot be read, or overrides cannot be applied (all of them are reported).
+    """
+    config = _load(Path(path))
+    errors: list[str] = []
+    for text in overrides:
+        try:
+            command_line.apply(config, text, known_keys)
+        except schema.Mismatch as error:
+            errors.append(str(error))
+    if errors:
+        raise ConfigError(errors)
+    OmegaConf.set_struct(config, True)
+    return config
+
+
+def check(
+    config: DictConfig,
+    *,
+    known_keys: Collection[str] | Mapping[str, Any] = FIT_KEYS,
+    required_keys: Collection[str] = FIT_REQUIRED,
+) -> None:
+    """Finds everything that can be known to be wrong before anything is loaded.
+
+    Args:
+        config: As `read` returns it.
+        known_keys: The command's top-level keys; a mapping gives the annotation of each. The default is `align.fit`'s.
+        required_keys: Those that must be given, as far as they are known.
+
+    Raises:
+        ConfigError: With all errors.
+    """
+    checker = _Checker(config)
+    known = known_keys if isinstance(known_keys, Mapping) else {key: FIT_KEYS.get(key, Any) for key in known_keys}
+    top = {
+        key: Parameter(
+            key,
+            Parameter.KEYWORD_ONLY,
+            annotation=annotation,
+            default=Parameter.empty if key in required_keys else None,
+        )
+        for key, annotation in known.items()
+    }
+    values = checker.values(checker.plain, "")
+    checker.bind("key", top, values, "")
+    if "trainer" in known:
+        checker.trainer(values.get("trainer"))
+    if "loggers" in known:
+        checker.loggers(values.get("loggers"))
+    if checker.errors:
+        raise ConfigError(checker.errors)
+
+
+def build(node: Any, path: str = "") -> Any:
+    """What a node describes: nested `_target_` nodes first, each called with keyword arguments.
+
+    Plain mappings and lists come back as dict and list, other values as they are. Plain arguments take the form their
+    annotation asks for (`1` becomes `1.0` where a float is wanted, a list becomes a tuple).
+
+    Args:
+        node: Of a checked configuration.
+        path: Where it stands, for error messages.
+
+    Raises:
+        ConfigError: A constructor raised ValueError or could not read a file.
+    """
+    if isinstance(node, DictConfig | ListConfig):
+        node = OmegaConf.to_container(node, resolve=True)
+    if isinstance(node, list):
+        return [build(value, join(path, number)) for number, value in enumerate(node)]
+    if not isinstance(node, dict):
+        return node
+    values = {key: build(value, join(path, key)) for key, value in node.items() if key != TARGET}
+    if TARGET not in node:
+        return values
+    try:
+        target = schema.find_target(node[TARGET])
+        parameters, _ = schema.parameters(target)
+        for key, parameter in parameters.items():
+            if key in node and not _holds_node(node[key]):
+                values[key] = schema.conform(parameter.annotation, values[key])
+        return target(**values)
+    except ConfigError:
+        raise
+    except (ValueError, OSError) as error:
+        raise ConfigError([f"{path or node[TARGET]}: {error}"]) from error
+
+
+def _load(path: Path) -> DictConfig:
+    try:
+        config = OmegaConf.load(path)
+    except FileNotFoundError as error:
+        hint = "; the first argument is the YAML, overrides follow" if "=" in str(path) else ""
+        raise ConfigError([f"{path}: no such file (looked from {Path.cwd()}){hint}"]) from error
+    except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
+        raise ConfigError([f"{path}: cannot be read: {error}"]) from error
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+        context = f" {error.context}" if error.context else ""
+        raise ConfigError([f"{path}{place}: not valid YAML: {error.problem}{context}"]) from error
+    except OmegaConfBaseException as error:
+        raise ConfigError([f"{path}: {schema.reason(error)}"]) from error
+    except OSError as error:  # how OmegaConf says that the file holds a single number
+        raise ConfigError([f"{path}: expected a mapping of keys to values: {error}"]) from error
+    if not isinstance(config, DictConfig):
+        raise ConfigError([f"{path}: expected a mapping of keys to values, got a list"])
+    return config
+
+
+class _Checker:
+    """Walks a configuration and collects what is wrong with it."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.errors: list[str] = []
+        self.shared: set[str] = set()
+        self.plain: Any = self._resolve(config, "", ())
+        self.run_dir = self.plain.get("run_dir")
+
+    def values(self, value: Any, path: str) -> Any:
+        """The value with a `schema.Node` for each `_target_` node in it, once that has been checked."""
+        before = len(self.errors)
+        if isinstance(value, dict):
+            found: Any = {key: self.values(item, join(path, key)) for key, item in value.items() if key != TARGET}
+            if TARGET in value:
+                found = self._node(value[TARGET], found, path, sound=len(self.errors) == before)
+        elif isinstance(value, list):
+            found = [self.values(item, join(path, number)) for number, item in enumerate(value)]
+        else:
+            return value
+        if path in self.shared:  # reported where it is written
+            del self.errors[before:]
+        return found
+
+    def bind(
+        self,
+        kind: str,
+        parameters: Mapping[str, Parameter],
+        values: Mapping[str, Any],
+        path: str,
+        takes_any: bool = False,
+    ) -> None:
+        """Reports arguments that a signature does not have, those it misses, and those of the wrong type."""
+        for key in values if not takes_any else ():
+            if key not in parameters:
+                near = schema.suggestion(key, parameters)
+                self.errors.append(f"{join(path, key)}: unknown {kind}{near}{schema.listed(parameters)}")
+        for key, parameter in parameters.items():
+            if key in values:
+                self._argument(parameter.annotation, values[key], join(path, key))
+            elif parameter.default is Parameter.empty:
+                wanted = schema.type_name(parameter.annotation)
+                self.errors.append(f"{join(path, key)}: missing{'' if wanted == '_empty' else f', expected {wanted}'}")
+
+    def trainer(self, values: Any) -> None:
+        """Reports what a Trainer does not take, and what has no effect or another place in this package."""
+        if not isinstance(values, dict):
+            return
+        parameters, _ = schema.parameters(Trainer)
+        for key, remedy in TRAINER_REMEDIES.items():
+            if key in values:
+                self.errors.append(f"trainer.{key}: {remedy}")
+        for key, allowed in ONE_PROCESS.items():
+            if key in values and not isinstance(values[key], _Unknown) and values[key] not in allowed:
+                got = schema.described(values[key])
+                self.errors.append(f"trainer.{key}: this version trains in one process, expected 1, got {got}")
+        left = {key: value for key, value in values.items() if key not in (*TRAINER_REMEDIES, *ONE_PROCESS)}
+        known = {key: value for key, value in parameters.items() if key not in TRAINER_REMEDIES}
+        self.bind("argument of the Trainer", known, left, "trainer")
+        if not values.keys() & {"max_epochs", "max_steps", "max_time", "fast_dev_run"}:
+            self.errors.append("trainer: does not say when to stop; set max_epochs or max_steps")
+
+    def loggers(self, values: Any) -> None:
+        """Reports what `loggers.opened` does not take."""
+        if not isinstance(values, dict):
+            return
+        own = {"csv": bool, "wandb": bool | dict[str, Any]}
+        for key, value in values.items():
+            self._argument(own.get(key, Logger | None), value, f"loggers.{key}")
+        settings = values.get("wandb")
+        if isinstance(settings, dict):
+            known = {key: Parameter(key, Parameter.KEYWORD_ONLY, default=None) for key in sorted(wandb_settings())}
+            self.bind("argument of wandb.init", known, settings, "loggers.wandb")
+
+    def _node(self, dotted: Any, values: dict[str, Any], path: str, *, sound: bool) -> schema.Node:
+        before = len(self.errors)
+        try:
+            if isinstance(dotted, _Unknown):
+                return schema.Node(None, {}, sound=False)
+            target = schema.find_target(dotted)
+        except schema.Mismatch as error:
+            self.errors.append(f"{join(path, TARGET)}: {error}")
+            return schema.Node(None, {}, sound=False)
+        parameters, takes_any = schema.parameters(target)
+        self.bind(f"argument of {dotted}", parameters, values, path, takes_any)
+        defaults = {key: p.default for key, p in parameters.items() if p.default is not Parameter.empty}
+        arguments = {TARGET: dotted, **defaults, **_plain_arguments(values)}
+        sound = sound and len(self.errors) == before and _all_sound(values)
+        if sound and hasattr(target, "config_errors"):
+            own = {key: value for key, value in arguments.items() if key != TARGET}
+            for message in target.config_errors(own):  # type: ignore[attr-defined]
+                name, colon, _ = message.partition(":")
+                self.errors.append(f"{path}{'.' if colon and name in own else ': '}{message}")
+        return schema.Node(schema.produced_class(target), arguments, sound and len(self.errors) == before)
+
+    def _argument(self, annotation: Any, value: Any, path: str) -> None:
+        if not _all_known(value):
+            return
+        try:
+            schema.conform(annotation, value)
+        except schema.Mismatch as error:
+            self.errors.append(f"{path}: {error}")
+            return
+        marks = schema.metadata(annotation)
+        for text in _strings(value) if marks else ():
+            complaint = inputs.complaint(text, marks, self.run_dir)
+            if complaint:
+                self.errors.append(f"{path}: {complaint}")
+
+    def _resolve(self, node: DictConfig | ListConfig, path: str, parents: tuple[int, ...]) -> Any:
+        """Plain containers with references followed; what cannot be had is reported and becomes `_Unknown`."""
+        keys: Iterable[Any] = node.keys() if isinstance(node, DictConfig) else range(len(node))
+        found: dict[Any, Any] = {key: self._resolve_one(node, key, join(path, key), parents) for key in keys}
+        return found if isinstance(node, DictConfig) else list(found.values())
+
+    def _resolve_one(self, node: DictConfig | ListConfig, key: Any, path: str, parents: tuple[int, ...]) -> Any:
+        if OmegaConf.is_missing(node, key):
+            self.errors.append(f"{path}: has no value in the file (???); give one, or {path}=... on the command line")
+            return _Unknown()
+        try:
+            value = node[key]
+        except InterpolationToMissingValueError:
+            return _Unknown()
+        except OmegaConfBaseException as error:
+            self.errors.append(f"{path}: {schema.reason(error)}")
+            return _Unknown()
+        if not isinstance(value, DictConfig | ListConfig):
+            return value
+        if id(value) in (*parents, id(node)):
+            self.errors.append(f"{path}: refers to a mapping that it is part of")
+            return _Unknown()
+        before = len(self.errors)
+        found = self._resolve(value, path, (*parents, id(node)))
+        if OmegaConf.is_interpolation(node, key):
+            self.shared.add(path)
+            del self.errors[before:]
+        return found
+
+
+def _holds_node(value: Any) -> bool:
+    if isinstance(value, dict):
+        return TARGET in value or any(_holds_node(item) for item in value.values())
+    return isinstance(value, list) and any(_holds_node(item) for item in value)
+
+
+def _leaves(value: Any) -> list[Any]:
+    """Everything in nested lists and mappings that is neither; a node counts as one."""
+    if isinstance(value, dict | list):
+        return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in _leaves(item)]
+    return [value]
+
+
+def _strings(value: Any) -> list[str]:
+    return [leaf for leaf in _leaves(value) if isinstance(leaf, str)]
+
+
+def _all_known(value: Any) -> bool:
+    return not any(
+        isinstance(x, _Unknown) or (isinstance(x, schema.Node) and x.produces is None) for x in _leaves(value)
+    )
+
+
+def _all_sound(value: Any) -> bool:
+    """Whether no error has been found in a value's nodes."""
+    return not any(isinstance(x, _Unknown) or (isinstance(x, schema.Node) and not x.sound) for x in _leaves(value))
+
+
+def _plain_arguments(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain_arguments(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_plain_arguments(item) for item in value]
+    return value.arguments if isinstance(value, schema.Node) else value

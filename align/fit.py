@@ -1,0 +1,182 @@
+"""`python -m align.fit CONFIG [key=value ...]`: trains what a YAML describes and leaves one folder behind.
+
+The only file that makes a Lightning Trainer. It knows no objective, data or model: those are `_target_` nodes.
+"""
+
+import contextlib
+import logging
+import sys
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+
+from align import cli, loggers
+from align.config import ConfigError, build, check, read
+from align.models.load import folder_written_whole
+
+PROG = "python -m align.fit"
+
+DESCRIPTION = """\
+Trains what the YAML file CONFIG describes: supervised fine-tuning, a reward model, PPO, or an objective of your own.
+The configuration is checked as a whole before anything is loaded; all errors are reported at once.
+
+The run writes one folder, the configuration's run_dir:
+  config.yaml    the configuration with all overrides, references resolved
+  metrics.csv    everything logged, one row a step
+  checkpoints/   Lightning checkpoints, the newest is last.ckpt
+  hf/            the trained model as a Hugging Face folder, input of the next stage
+  wandb/         the Weights & Biases run; offline unless you are logged in"""
+
+EPILOG = """\
+overrides:
+  key=value      replaces a value of the YAML; nested keys with dots, list items by number, values as in YAML
+  --key=value    the same, as a W&B sweep passes it
+  A key must be in the file, or be an argument that the constructor named by its _target_ takes.
+
+examples:
+  python -m align.fit configs/sft.yaml
+  python -m align.fit configs/sft.yaml run_dir=runs/sft-2 module.optim.lr=1e-4 trainer.max_epochs=1
+  python -m align.fit configs/ppo.yaml loggers.wandb=false overwrite=true
+  python -m align.fit configs/ppo.yaml trainer.accelerator=gpu trainer.precision=bf16-mixed
+In a W&B sweep give each trial its own folder: 'run_dir=runs/sweep/${oc.env:WANDB_RUN_ID}'
+
+exit codes: 0 trained, 2 a mistake in the configuration or the data (nothing to debug), 1 anything else"""
+
+TRAINER_DEFAULTS: Mapping[str, Any] = {
+    "devices": 1,
+    "num_sanity_val_steps": 0,  # data and model have been checked; a sanity pass only delays the first step
+    "log_every_n_steps": 1,  # runs of a few hundred steps are common, and a step takes far longer than a row
+    "enable_model_summary": False,
+}
+"""Where the configuration's `trainer` says nothing."""
+
+UNHELPFUL_WARNINGS = (
+    ".*does not have many workers.*",  # batches are small and tokenized in advance
+    ".*logs directory .* exists and is not empty.*",  # config.yaml is in it
+    ".*Checkpoint directory .* exists and is not empty.*",
+    ".*module.*in eval mode at the start of training.*",  # frozen copies are meant to be
+    ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # between Lightning and PyTorch
+    ".*smaller than the logging interval.*",
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    return cli.run(fit, argv, prog=PROG, description=DESCRIPTION, epilog=EPILOG)
+
+
+def fit(path: str, overrides: Sequence[str]) -> None:
+    """Reads, checks, builds, trains and exports one run.
+
+    Args:
+        path: Of the YAML file.
+        overrides: `key=value`.
+
+    Raises:
+        ConfigError: The user's mistakes, as far as they show before training.
+    """
+    start = time.monotonic()
+    config = read(path, overrides)
+    check(config)
+    run_dir = cli.prepare_run_folder(config)
+    with _quiet_lightning():
+        seed_everything(config.seed, workers=True, verbose=False)
+        data, module = build_parts(config)
+        with loggers.opened(build(config.get("loggers") or {}, "loggers"), run_dir, _plain(config)) as opened:
+            trainer = build_trainer(config, run_dir, opened)
+            print(f"{run_dir}: {_size(module)} on {trainer.strategy.root_device}", flush=True)
+            trainer.fit(module, datamodule=data)
+        export(module, run_dir / "hf")
+    took = _duration(time.monotonic() - start)
+    print(f"{run_dir}: trained in {took}; model in {run_dir / 'hf'}{_log(run_dir)}")
+
+
+def build_parts(config: DictConfig) -> tuple[LightningDataModule, LightningModule]:
+    """The data and the module of a checked configuration."""
+    data, module = build(config.data, "data"), build(config.module, "module")
+    if not callable(getattr(module, "export", None)):
+        raise ConfigError([f"module: {type(module).__name__} has no method export(folder), so nothing could be kept"])
+    return data, module
+
+
+def build_trainer(config: DictConfig, run_dir: Path, opened: list[Logger]) -> Trainer:
+    """Lightning's Trainer with the configuration's arguments and callbacks, writing into the run folder only."""
+    arguments = {**TRAINER_DEFAULTS, **build(config.trainer, "trainer")}
+    if arguments["devices"] == "auto":
+        arguments["devices"] = 1
+    callbacks = [item for item in build(config.get("callbacks") or {}, "callbacks").values() if item is not None]
+    shows_progress = any(isinstance(item, ProgressBar) for item in callbacks)
+    if not shows_progress and arguments.get("enable_progress_bar", True) is not False:
+        callbacks.append(loggers.RunProgressBar())
+    if not any(isinstance(item, ModelCheckpoint) for item in callbacks):
+        callbacks.append(default_checkpoint(run_dir))
+    try:
+        return Trainer(
+            **arguments,
+            callbacks=callbacks,
+            logger=opened or False,
+            default_root_dir=run_dir,
+            use_distributed_sampler=False,
+        )
+    except (ValueError, MisconfigurationException) as error:
+        raise ConfigError([f"trainer: {error}"]) from error
+
+
+def default_checkpoint(run_dir: Path) -> Callback:
+    """The newest state of the run, saved whenever an epoch ends; a name with as many digits sorts as it was written."""
+    return ModelCheckpoint(
+        dirpath=run_dir / "checkpoints", filename="step-{step:08d}", auto_insert_metric_name=False, save_last="link"
+    )
+
+
+def export(module: LightningModule, folder: Path) -> None:
+    """Writes the trained model as a Hugging Face folder, whole or not at all."""
+    with folder_written_whole(folder) as fresh:
+        module.export(fresh)  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def _quiet_lightning() -> Iterator[None]:
+    """Keeps Lightning's notes and advertisements out of the output; its warnings stay, save those that do not help."""
+    logger = logging.getLogger("lightning.pytorch")
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            for message in UNHELPFUL_WARNINGS:
+                warnings.filterwarnings("ignore", message)
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def _plain(config: DictConfig) -> dict[str, Any]:
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def _size(module: torch.nn.Module) -> str:
+    trained = sum(p.numel() for p in module.parameters() if p.requires_grad)
+    return f"{type(module).__name__} with {trained / 1e6:.2f} M trainable parameters"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def _log(run_dir: Path) -> str:
+    file = run_dir / "metrics.csv"
+    return f", metrics in {file}" if file.exists() else ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
