@@ -84,5 +84,5 @@ class Optim:
             if vectors:
                 groups.append({"params": vectors, "lr": lr, "weight_decay": 0.0, "name": name})
         first, second = self.betas
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(first, second), eps=self.epsilon)
+        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(first, second), eps=self.epsilon, fused=True)
         return optimizer, LambdaLR(optimizer, lambda step: self.fraction(step, steps))
