@@ -10,21 +10,23 @@ Masks have one polarity: True = counts.
 """
 
 from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+Same = TypeVar("Same", bound="Record")
+
 
 class Record:
     """What every record can do: move between devices, take rows. Subclasses are frozen dataclasses."""
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self: Same, device: torch.device | str) -> Same:
         """The same record with every tensor on `device`."""
         return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})  # type: ignore
 
-    def rows_at(self, index: Int[Tensor, " picked"]) -> Self:
+    def rows_at(self: Same, index: Int[Tensor, " picked"]) -> Same:
         """The record of the picked rows; tensors, and `rows` where there are any, are indexed alike."""
         picked: dict[str, Any] = {name: value[index.to(value.device)] for name, value in self._tensors().items()}
         for item in fields(self):  # type: ignore

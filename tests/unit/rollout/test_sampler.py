@@ -1,0 +1,98 @@
+"""Both engines answer alike; what they sample from is the model's own distribution."""
+
+import pytest
+import tiny
+import torch
+from transformers import GenerationConfig
+
+from align import seeds
+from align.models import forward
+from align.rollout.sampler import DecodeSampler, GenerateSampler, draw
+
+FAMILIES = tiny.families()
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_decode_answers_as_generate_does(name: str) -> None:
+    prompts = tiny.prompts([3, 9, 1, 5, 12, 7], seed=4)
+    ours = DecodeSampler(max_new_tokens=12, temperature=0.0, batch_size=4)(FAMILIES[name], prompts)
+    theirs = GenerateSampler(max_new_tokens=12, temperature=0.0, batch_size=6)(FAMILIES[name], prompts)
+    assert torch.equal(ours.ids, theirs.ids)
+    assert torch.equal(ours.response_lengths, theirs.response_lengths)
+    assert torch.equal(ours.finished, theirs.finished)
+    assert ours.rows == prompts.rows == theirs.rows
+
+
+def test_greedy_tokens_are_the_likeliest_and_prompts_are_kept() -> None:
+    model, prompts = FAMILIES["gpt2"], tiny.prompts([2, 6, 4])
+    out = DecodeSampler(max_new_tokens=5, temperature=0.0)(model, prompts)
+    for row in range(3):
+        start, end = int(out.prompt_lengths[row]), int(out.lengths[row])
+        assert torch.equal(out.ids[row, :start], prompts.ids[row, :start])
+        with torch.no_grad():
+            best = model(out.ids[row : row + 1, :end]).logits[0, start - 1 : end - 1].argmax(-1)
+        assert torch.equal(best, out.ids[row, start:end])
+
+
+def test_a_response_ends_at_eos_or_at_the_limit() -> None:
+    model = tiny.llama(initializer_range=0.05).eval()  # nearly uniform: one token in 50 is EOS
+    out = DecodeSampler(max_new_tokens=40, batch_size=16)(model, tiny.prompts([4] * 64))
+    for row in range(64):
+        response = out.ids[row, 4 : int(out.lengths[row])].tolist()
+        assert (tiny.EOS in response) == bool(out.finished[row])
+        assert response.count(tiny.EOS) <= 1 and (not out.finished[row] or response[-1] == tiny.EOS)
+        assert out.finished[row] or len(response) == 40
+        assert not out.ids[row, int(out.lengths[row]) :].any()
+    assert 10 < int(out.finished.sum()) < 60  # expected 64 (1 - (49/50)^40), about 35
+
+
+@pytest.mark.parametrize("engine", [DecodeSampler, GenerateSampler])
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_tokens_come_from_the_models_distribution(engine: type, temperature: float) -> None:
+    model, one = tiny.llama(seed=1).eval(), tiny.prompts([5])
+    model.generation_config = GenerationConfig(top_k=3, top_p=0.5, repetition_penalty=2.0, eos_token_id=tiny.EOS)
+    many = one.rows_at(torch.zeros(20_000, dtype=torch.long))
+    out = engine(max_new_tokens=1, temperature=temperature, batch_size=20_000)(model, many)
+    share = torch.bincount(out.ids[:, 5], minlength=tiny.VOCAB) / 20_000
+    with torch.no_grad():
+        expected = (model(one.ids).logits[0, -1] / temperature).softmax(-1)
+    assert float((share - expected).abs().max()) < 0.015  # four standard errors of the likeliest token
+    assert float((share - expected).abs().sum()) < 0.06
+
+
+def test_the_seed_decides_the_sample() -> None:
+    model, prompts, sampler = FAMILIES["qwen2"], tiny.prompts([3, 5, 2]), DecodeSampler(max_new_tokens=8)
+    outs = []
+    for step in (0, 0, 1):
+        with seeds.forked(7, "sample", step):
+            outs.append(sampler(model, prompts).ids)
+    assert torch.equal(outs[0], outs[1]) and not torch.equal(outs[0], outs[2])
+
+
+def test_sampling_leaves_training_mode_and_random_state_alone() -> None:
+    model = tiny.gpt2().train()
+    before = torch.get_rng_state()
+    with seeds.forked(0, "sample"):
+        GenerateSampler(max_new_tokens=3)(model, tiny.prompts([3, 4]))
+    assert all(module.training for module in model.modules())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_model_without_eos_is_refused() -> None:
+    model = tiny.llama(eos_token_id=None)
+    model.generation_config = GenerationConfig()
+    with pytest.raises(ValueError, match="no eos_token_id"):
+        DecodeSampler(max_new_tokens=3)(model, tiny.prompts([3]))
+
+
+def test_draw_takes_the_likeliest_at_temperature_zero() -> None:
+    logits = torch.tensor([[0.0, 5.0, 1.0], [3.0, -1.0, 2.9]])
+    assert draw(logits, 0.0).tolist() == [1, 0]
+
+
+def test_sampled_tokens_have_finite_logprobs_under_the_same_distribution() -> None:
+    model = FAMILIES["qwen3"]
+    out = DecodeSampler(max_new_tokens=10, temperature=0.7)(model, tiny.prompts([3, 6, 2, 8]))
+    with torch.no_grad():
+        flat = forward.token_logprobs(model, out.ids, out.token_mask, 0.7)
+    assert len(flat) == int(out.response_lengths.sum()) and bool((flat > -20).all())
