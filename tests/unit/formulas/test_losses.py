@@ -65,9 +65,9 @@ def test_entropy() -> None:
 
 
 def test_policy_loss() -> None:
-    logprobs = OLD_LOGPROBS + tensor([[0.3, -0.3, 0.1, 0.0]])
+    logprobs = (OLD_LOGPROBS + tensor([[0.3, -0.3, 0.1, 0.0]])).requires_grad_()
     loss, stats = policy_loss(logprobs, OLD_LOGPROBS, whiten(ADVANTAGES, WHOLE), WHOLE, clip=0.2, count=4)
-    assert_close(loss, tensor(-0.056948), rtol=1e-5, atol=1e-6)
+    assert_close(loss.detach(), tensor(-0.056948), rtol=1e-5, atol=1e-6)
     assert_close(stats["clip_fraction"], tensor(0.25))
     assert_close(stats["approx_kl"], tensor(0.023750))
     assert_close(stats["approx_kl_k3"], tensor(0.023962), rtol=1e-5, atol=5e-7)
@@ -121,6 +121,9 @@ def test_value_losses() -> None:
     assert_close(loss, tensor(0.087098), rtol=1e-5, atol=5e-7)
     # V = (.6, .1, .2, .7), clipped (.3, .1, .2, .6): the clipped error is larger at the first and the last token.
     assert_close(stats["value_clip_fraction"], tensor(0.5))
+    # Past the clip range but away from R, the clipped error is the smaller one.
+    _, stats = clipped_value_loss(-values, OLD_VALUES, RETURNS, WHOLE, clip=0.2, count=4)
+    assert stats["value_clip_fraction"] == 0.0
     # Unclipped: ½ · (.0422625² + .56975² + .495² + 0²) / 4.
     loss, stats = value_loss(values, RETURNS, WHOLE, count=4)
     assert_close(loss, tensor(0.07142827), rtol=1e-6, atol=0)
