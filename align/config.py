@@ -5,6 +5,7 @@ other keys as arguments, so its signature is the schema (see `schema`).
 Nothing is loaded before `check` has found no error. What the parts of a run mean is left to the objects built.
 """
 
+import traceback
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from inspect import Parameter
 from pathlib import Path
@@ -29,8 +30,8 @@ FIT_KEYS: Mapping[str, Any] = {
     "data": LightningDataModule,
     "module": LightningModule,
     "trainer": dict[str, Any],
-    "callbacks": dict[str, Callback | None],
-    "loggers": dict[str, Any],
+    "callbacks": dict[str, Callback | None] | None,
+    "loggers": dict[str, Any] | None,
 }
 """The top-level keys of `align.fit` and what each must be."""
 
@@ -162,7 +163,7 @@ def build(node: Any, path: str = "") -> Any:
     except ConfigError:
         raise
     except (ValueError, OSError) as error:
-        raise ConfigError([f"{path or node[TARGET]}: {error}"]) from error
+        raise ConfigError([f"{path or node[TARGET]}: {error}{_raised_at(error)}"]) from error
 
 
 def _load(path: Path) -> DictConfig:
@@ -174,9 +175,9 @@ def _load(path: Path) -> DictConfig:
     except (IsADirectoryError, PermissionError, UnicodeDecodeError) as error:
         raise ConfigError([f"{path}: cannot be read: {error}"]) from error
     except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
+        mark, begins = error.problem_mark, error.context_mark
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
-        context = f" {error.context}" if error.context else ""
+        context = f" {error.context}{f' (from line {begins.line + 1})' if begins else ''}" if error.context else ""
         raise ConfigError([f"{path}{place}: not valid YAML: {error.problem}{context}"]) from error
     except OmegaConfBaseException as error:
         raise ConfigError([f"{path}: {schema.reason(error)}"]) from error
@@ -288,6 +289,8 @@ class _Checker:
         try:
             schema.conform(annotation, value)
         except schema.Mismatch as error:
+            for key in error.inside:
+                path = join(path, key)
             self.errors.append(f"{path}: {error}")
             return
         marks = schema.metadata(annotation)
@@ -324,6 +327,13 @@ class _Checker:
             self.shared.add(path)
             del self.errors[before:]
         return found
+
+
+def _raised_at(error: Exception) -> str:
+    """The place of an error that a library or a user's own class raised; ours say all that is needed."""
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    own = Path(frame.filename).is_relative_to(Path(__file__).parent)
+    return "" if own else f" (raised in {frame.filename}, line {frame.lineno})"
 
 
 def _holds_node(value: Any) -> bool:

@@ -65,6 +65,7 @@ UNHELPFUL_WARNINGS = (
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*module.*in eval mode at the start of training.*",  # frozen copies are meant to be
     ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # between Lightning and PyTorch
+    ".*Using ModelCheckpoint with manual optimization.*",  # the state after the step is the one to save
     ".*smaller than the logging interval.*",
 )
 

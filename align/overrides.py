@@ -35,9 +35,9 @@ def apply(config: DictConfig, text: str, known_keys: Collection[str]) -> None:
         elif isinstance(node, DictConfig) and index not in node.keys():  # noqa: SIM118 (`in node` is false for ???)
             node[index] = {}
         elif OmegaConf.is_interpolation(node, index):
-            raw_value = OmegaConf.to_container(node, resolve=False)[index]  # type: ignore[index, call-overload]
+            reference = OmegaConf.to_container(node, resolve=False)[index]  # type: ignore[index, call-overload]
             raise schema.Mismatch(
-                f"{key}: {schema.join(here, part)} refers to {raw_value}; override what it refers to instead"
+                f"{key}: {schema.join(here, part)} is {reference}; override what it refers to instead"
             )
         node = None if last or OmegaConf.is_missing(node, index) else node[index]
 

@@ -11,7 +11,7 @@ import os
 import pkgutil
 import types
 from collections import abc
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -40,7 +40,16 @@ TARGET = "_target_"
 
 
 class Mismatch(ValueError):
-    """A value or a dotted path that does not fit; the message lacks only the place in the configuration."""
+    """A value or a dotted path that does not fit; the message lacks only the place in the configuration.
+
+    Args:
+        message: What, got, expected, remedy.
+        inside: The keys and list numbers that lead to the part of the value that does not fit.
+    """
+
+    def __init__(self, message: str, inside: Sequence[str | int] = ()) -> None:
+        super().__init__(message)
+        self.inside = tuple(inside)
 
 
 @dataclass(frozen=True)
@@ -150,7 +159,7 @@ def conform(annotation: Any, value: Any) -> Any:
     try:
         return adapter.validate_python(value)
     except ValidationError as error:
-        raise Mismatch(_complaint(annotation, value, error)) from None
+        raise _mismatch(annotation, value, error) from None
 
 
 def metadata(annotation: Any) -> set[str]:
@@ -221,13 +230,13 @@ def _checkable(annotation: Any) -> Any:
     if origin is Literal or annotation in PLAIN or is_typeddict(annotation):
         return annotation
     base = origin or annotation
+    if isinstance(base, type) and base not in (*CONVERTED, *CONTAINERS, inspect.Parameter.empty):
+        return Annotated[Any, PlainValidator(_instance_check(base))]
     inner = tuple(part if part is ... else _checkable(part) for part in arguments)
     if base in CONVERTED:
         return Annotated[base[inner] if inner else base, Strict(False)]  # type: ignore[index]
     if base in CONTAINERS:
         return CONTAINERS[base][inner] if inner else CONTAINERS[base]  # type: ignore[index]
-    if isinstance(base, type) and base is not inspect.Parameter.empty:
-        return Annotated[Any, PlainValidator(_instance_check(base))]
     return Any
 
 
@@ -248,23 +257,31 @@ def _instance_check(wanted: type) -> Callable[[Any], Any]:
     return check
 
 
-def _complaint(annotation: Any, value: Any, error: ValidationError) -> str:
+def _mismatch(annotation: Any, value: Any, error: ValidationError) -> Mismatch:
+    """Pydantic's findings in our words. Its places inside a union name types, so only plain containers are entered."""
     found = error.errors(include_url=False)
-    limits = [item for item in found if not item["type"].endswith(("_type", "literal_error", "sequence_str"))]
-    shown = limits[0] if limits else found[0]
-    inside, got = "", value
-    if len(found) == 1 or limits:
-        inside = "".join(f"[{part!r}]" for part in shown["loc"] if _is_index(got, part))
-        got = shown["input"]
-    where = f"at {inside}: " if inside else ""
+    inside = []
+    for key in found[0]["loc"]:
+        part = _part(annotation)
+        if part is None or not isinstance(value, dict | list):
+            break
+        annotation, value = part, value[key]  # type: ignore[index, call-overload]
+        inside.append(key)
+    limits = [item["msg"] for item in found if not item["type"].endswith(("_type", "literal_error", "sequence_str"))]
     if limits:
-        return f"{where}{shown['msg'].replace('Input should', 'should')}, got {described(got)}"
-    expected = f"expected {type_name(annotation)}, got {described(value if not inside else got)}"
-    needs_node = any(item["type"] == "instance_type" for item in found) and not isinstance(got, Node)
-    return where + expected + ("; write a mapping with `_target_: ...` that builds one" if needs_node else "")
+        return Mismatch(f"{limits[0].replace('Input', 'it')}, got {described(value)}", inside)
+    message = f"expected {type_name(annotation)}, got {described(value)}"
+    if any(item["type"] == "instance_type" for item in found) and not isinstance(value, Node):
+        message += "; write a mapping with `_target_: ...` that builds one"
+    return Mismatch(message, inside)
 
 
-def _is_index(value: Any, part: object) -> bool:
-    return isinstance(value, list | dict | tuple) and (
-        part in value if isinstance(value, dict) else isinstance(part, int)
-    )
+def _part(annotation: Any) -> Any:
+    """What the items of a list or the values of a mapping are annotated with; None for anything else."""
+    origin, arguments = get_origin(annotation), get_args(annotation)
+    if origin is Annotated:
+        return _part(arguments[0])
+    if origin in (Union, types.UnionType):
+        choices = [part for part in arguments if part is not types.NoneType]
+        return _part(choices[0]) if len(choices) == 1 else None
+    return arguments[-1] if origin in CONTAINERS else None
