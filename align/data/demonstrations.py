@@ -62,7 +62,7 @@ class DemonstrationData(AlignData):
         max_response_tokens: longer responses are cut and lose their EOS; counts the EOS.
         loss_on_prompt: also learn to write the prompts.
         mix: pretraining texts, as `{text}`, to mix into training.
-        mix_fraction: share of the training examples that are such texts, from 0 (none) to below 1; InstructGPT's is 0.1.
+        mix_fraction: share of such texts in the training examples, from 0 (none) to below 1; InstructGPT's is 0.1.
         seed: decides the training order and which texts are mixed in.
         num_workers: processes that collate batches.
         """

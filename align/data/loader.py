@@ -81,6 +81,9 @@ class Loader:
     An epoch that is iterated again starts at its beginning; only a loaded state starts elsewhere, once.
     """
 
+    batch_sampler = None
+    """Lightning asks for it to learn whether validation is shuffled by torch; it is not."""
+
     def __init__(
         self,
         examples: Sequence[Any],

@@ -75,11 +75,11 @@ def encode_prompts(
     counts: Counter[str] = Counter()
     examples = [located(row, f"example {number}") for number, row in enumerate(rows)]
     encoded = encode_rows(Templates(tokenizer), examples, max_prompt_tokens, counts)
-    dropped = "; ".join(f"{count:,} {what}" for what, count in counts.items())
+    dropped = "; ".join(f"{count:,} {what}" for what, count in counts.items() if count)
     if not encoded:
-        raise ValueError(f"no usable prompt among {len(rows)} examples. {dropped} ({max_prompt_tokens})")
+        raise ValueError(f"no usable prompt among {len(rows)} examples. {dropped}; {max_prompt_tokens=}")
     if dropped:
-        rank_zero_info(f"prompts: {dropped} ({max_prompt_tokens})")
+        rank_zero_info(f"prompts: {len(rows):,} examples; {dropped}; {max_prompt_tokens=}")
     return batch_of(encoded, filler(tokenizer))
 
 

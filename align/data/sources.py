@@ -6,6 +6,7 @@ Every example remembers where it came from (`origin`), so a complaint about it, 
 import gzip
 import json
 import os
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -51,13 +52,13 @@ def read(source: Source) -> list[dict[str, Any]]:
     return examples
 
 
-def located(row: Mapping[str, Any], origin: str) -> Example:
+def located(row: Any, place: str) -> Example:
     """The row with its origin; a row that has one already keeps it."""
     if isinstance(row, Example):
         return row
     if not isinstance(row, Mapping):
-        raise ValueError(f"{origin}: expected a dict (one example), got {type(row).__name__}: {str(row)[:80]!r}")
-    return Example(row, origin)
+        raise ValueError(f"{place}: expected a dict (one example), got {type(row).__name__}: {str(row)[:80]!r}")
+    return Example(row, place)
 
 
 def origin(row: Mapping[str, Any]) -> str:
@@ -75,24 +76,23 @@ def _read_json_lines(path: str) -> Iterator[Example]:
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file (looked from {os.getcwd()})")
     number = 0
-    with gzip.open(path, "rt", encoding="utf-8") if path.endswith(".gz") else open(path, encoding="utf-8") as lines:
+    with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as lines:
         try:
             for number, line in enumerate(lines, start=1):
                 if line.strip():
                     yield Example(_parse(line, f"{path}:{number}"), f"{path}:{number}")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: after line {number}: not UTF-8 text ({error.reason})") from error
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: after line {number}: damaged or not a gzip file ({error})") from error
 
 
-def _parse(line: str, where: str) -> dict[str, Any]:
+def _parse(line: bytes, where: str) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8").strip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{where}: not UTF-8 text: {error.reason} at byte {error.start + 1}") from None
     except json.JSONDecodeError as error:
-        shown = line.strip()[:80]
         raise ValueError(
-            f"{where}: not valid JSON: {error.msg} at column {error.colno}; the line reads {shown!r}"
+            f"{where}: not valid JSON: {error.msg} at column {error.colno}; the line reads {error.doc[:80]!r}"
         ) from None
     if not isinstance(row, dict):
         raise ValueError(f'{where}: expected a JSON object such as {{"prompt": ...}}, got {type(row).__name__}')
@@ -100,15 +100,16 @@ def _parse(line: str, where: str) -> dict[str, Any]:
 
 
 def _read_dataset(path: str) -> Iterator[Example]:
-    import datasets  # takes a second to import and most runs read JSON lines
+    # Takes a second to import, and most runs read JSON lines.
+    from datasets import exceptions, load_dataset, load_from_disk
 
     name, split = _split_name(path)
     if os.path.isdir(name) and any(os.path.isfile(os.path.join(name, file)) for file in _SAVED_DATASET):
-        data: Any = datasets.load_from_disk(name)
+        data: Any = load_from_disk(name)
     else:
         try:
-            data = datasets.load_dataset(name)
-        except (OSError, ValueError) as error:  # the library's ways to say: no such dataset, no network, no data files
+            data = load_dataset(name)
+        except (OSError, ValueError, exceptions.DatasetsError) as error:  # not there, no network, bad file
             raise ValueError(f"{path}: cannot be read as a dataset folder or hub name: {error}") from error
     if isinstance(data, Mapping):
         wanted = split or ("train" if "train" in data else None)

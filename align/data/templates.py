@@ -113,18 +113,18 @@ class Templates:
         answers = tuple(self._answer(row, prompt, response) for response in responses)
         return Ranked(self._opening(row, prompt), answers, scores)
 
-    def _asked(self, row: dict[str, Any]) -> Text:
+    def _asked(self, row: dict[str, Any]) -> Any:
         if "prompt" in row:
             return row["prompt"]
         messages = self._messages(row, row["messages"])
         return messages[:-1] if messages[-1]["role"] == "assistant" else messages
 
-    def _opening(self, row: dict[str, Any], prompt: Text) -> Piece:
+    def _opening(self, row: dict[str, Any], prompt: Any) -> Piece:
         if isinstance(prompt, str):
             return Piece(prompt, special=True)
         return Piece(self._render(row, self._messages(row, prompt), asking=True))
 
-    def _answer(self, row: dict[str, Any], prompt: Text, response: Text) -> Piece:
+    def _answer(self, row: dict[str, Any], prompt: Any, response: Any) -> Piece:
         if isinstance(prompt, str):
             if not isinstance(response, str):
                 raise ValueError(
