@@ -179,8 +179,8 @@ def _load(path: Path) -> DictConfig:
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         context = f" {error.context}{f' (from line {begins.line + 1})' if begins else ''}" if error.context else ""
         raise ConfigError([f"{path}{place}: not valid YAML: {error.problem}{context}"]) from error
-    except OmegaConfBaseException as error:
-        raise ConfigError([f"{path}: {schema.reason(error)}"]) from error
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from error
     except OSError as error:  # how OmegaConf says that the file holds a single number
         raise ConfigError([f"{path}: expected a mapping of keys to values: {error}"]) from error
     if not isinstance(config, DictConfig):
@@ -229,8 +229,9 @@ class _Checker:
             if key in values:
                 self._argument(parameter.annotation, values[key], join(path, key))
             elif parameter.default is Parameter.empty:
-                wanted = schema.type_name(parameter.annotation)
-                self.errors.append(f"{join(path, key)}: missing{'' if wanted == '_empty' else f', expected {wanted}'}")
+                known = parameter.annotation is not Parameter.empty
+                wanted = f", expected {schema.type_name(parameter.annotation)}" if known else ""
+                self.errors.append(f"{join(path, key)}: missing{wanted}")
 
     def trainer(self, values: Any) -> None:
         """Reports what a Trainer does not take, and what has no effect or another place in this package."""
@@ -354,6 +355,7 @@ def _strings(value: Any) -> list[str]:
 
 
 def _all_known(value: Any) -> bool:
+    """Whether the type of everything in a value is known."""
     return not any(
         isinstance(x, _Unknown) or (isinstance(x, schema.Node) and x.produces is None) for x in _leaves(value)
     )
