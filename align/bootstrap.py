@@ -44,17 +44,16 @@ class Interval:
 
     @property
     def decimals(self) -> int:
-        """Decimals worth printing: one digit of the half-width, two where it begins with 1 or 2."""
+        """Decimals worth printing: one digit of the half-width, two where it begins with 1; 0 where it is 0."""
         if not self.half_width > 0.0:
-            return MOST_DECIMALS - 1
+            return 0
         exponent = math.floor(math.log10(self.half_width))
         leading = self.half_width / 10.0**exponent
-        return min(max(0, -exponent + (leading < 2.95)), MOST_DECIMALS)
+        return min(max(0, -exponent + (leading < 1.95)), MOST_DECIMALS)
 
-    def shown(self, decimals: int | None = None) -> str:
-        """`mean ± half-width`, with as many decimals as asked for or as are worth printing."""
-        places = self.decimals if decimals is None else decimals
-        return f"{self.mean:.{places}f} ± {self.half_width:.{places}f}"
+    def shown(self, decimals: int) -> str:
+        """`mean ± half-width`."""
+        return f"{self.mean:.{decimals}f} ± {self.half_width:.{decimals}f}"
 
 
 def mean_intervals(

@@ -118,12 +118,18 @@ def sample(path: str, overrides: Sequence[str]) -> None:
     plan = Sampling(**build(read_checked(path, overrides, Sampling)))
     rows = read_source(plan.prompts)[: plan.limit]
     prompts = encode_prompts(plan.tokenizer, rows, plan.max_prompt_tokens)
-    model = frozen(plan.model).to(default_device())
+    frozen(plan.model).to(default_device())
     count = len(prompts.rows)
     with progress(f"{plan.k} answers a prompt", count * plan.k, "answers") as advance:
         repeated = prompts.rows_at(torch.arange(count).repeat_interleave(plan.k))
         completions = answers(
-            model, plan.sampler, repeated, batch=plan.batch * plan.k, seed=plan.seed, purpose="sample", advance=advance
+            plan.model,
+            plan.sampler,
+            repeated,
+            batch=plan.batch * plan.k,
+            seed=plan.seed,
+            purpose="sample",
+            advance=advance,
         )
     written = grouped(prompts.rows, response_texts(plan.tokenizer, completions), completions.finished.tolist(), plan.k)
     out = Path(plan.out)
