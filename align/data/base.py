@@ -102,6 +102,8 @@ class AlignData(LightningDataModule):
         self.seed = seed
         self.num_workers = num_workers
         self.encoded: dict[str, list[Encoded]] = {}
+        self._train_loader: Any = None
+        self._train_state: dict[str, Any] | None = None
         self.report: dict[str, dict[str, int]] = {}
 
     @classmethod
@@ -156,7 +158,8 @@ class AlignData(LightningDataModule):
         return len(self.encoded["train"])
 
     def setup(self, stage: str | None = None) -> None:
-        """Reads and encodes all sources, once. Called by Lightning on every rank, whatever the stage."""
+        """Reads and encodes all sources, once. Called by Lightning on every rank, before anything else of a run."""
+        self._train_loader = self._train_state = None
         for split in self.sources:
             if self.sources[split] is not None and split not in self.encoded:
                 self.encoded[split] = self._load(split)
@@ -186,8 +189,31 @@ class AlignData(LightningDataModule):
         return self.encoded["train"]
 
     def train_dataloader(self) -> Any:
-        """Shuffled batches; resumable."""
+        """The batches of training; resumable."""
+        self._train_loader = self.make_train_loader()
+        if self._train_state is not None:
+            self._train_loader.load_state_dict(self._train_state)
+            self._train_state = None
+        return self._train_loader
+
+    def make_train_loader(self) -> Any:
+        """A sized loader with `state_dict` and `load_state_dict`; here, of shuffled batches."""
         return self._loader(self.training_examples(), self.order, self.train_size, self.batch_size)
+
+    # Lightning saves and loads a loader's state by itself, but drops it when anything asked for
+    # `trainer.estimated_stepping_batches` before (https://github.com/Lightning-AI/pytorch-lightning/issues/20550),
+    # as every learning-rate schedule does. A data module's state always arrives, so the loader's travels in it.
+
+    def state_dict(self) -> dict[str, Any]:
+        """The training loader's place, for checkpoints."""
+        return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Called by Lightning on resuming, before or after the training loader was made."""
+        if self._train_loader is None:
+            self._train_state = state_dict["train_loader"]
+        else:
+            self._train_loader.load_state_dict(state_dict["train_loader"])
 
     def val_dataloader(self) -> Any:
         """Validation batches, in the order of the source; an empty list where there is no `valid`."""

@@ -113,7 +113,7 @@ class ExperienceData(PromptData):
             return encode_texts(self.tokenizer, examples, self.max_pretraining_tokens, counts)
         return super().encode(examples, counts, split)
 
-    def train_dataloader(self) -> "ExperienceLoader":
+    def make_train_loader(self) -> "ExperienceLoader":
         """Minibatches of experience, collected by the Trainer's module; resumable."""
         rank, world_size = self.ranks()
         return ExperienceLoader(
@@ -195,6 +195,7 @@ class ExperienceLoader:
         self.steps_per_rollout = epochs * (rollout_batch // minibatch)
         self.step = 0
         self._rollout: Rollout | None = None
+        self._saved: dict[str, Any] = {}
 
     def __len__(self) -> int:
         """Optimizer steps of the run."""
@@ -214,7 +215,7 @@ class ExperienceLoader:
         iteration, cursor = divmod(self.step, self.steps_per_rollout)
         fresh = cursor == 0
         if fresh or self._rollout is None:
-            self._rollout = None  # free the old one before the new one is made
+            self._rollout, self._saved = None, {}  # free the old one before the new one is made
             self._rollout = self.collect(self._prompts_of(iteration), iteration, self.own_minibatch)
         rollout = self._rollout
         batch = Minibatch(
@@ -254,15 +255,19 @@ class ExperienceLoader:
     def state_dict(self) -> dict[str, Any]:
         """Optimizer steps begun, and each rank's rollout where it is needed again; tensors and numbers only.
 
-        All ranks must call it, as Lightning does when it saves: Lightning keeps the first rank's answer.
+        All ranks must call it, as Lightning does when it saves: Lightning keeps the first rank's answer. Asked twice at
+        the same step it gives the same tensors, which `torch.save` writes once.
         """
+        if self._saved.get("step") == self.step:
+            return self._saved
         needed = self._rollout is not None and self.step % self.steps_per_rollout != 0
         own = _tensors(self._rollout) if needed and self._rollout is not None else {}
         everyone: list[dict[str, Tensor]] = [own]
         if self.world_size > 1:
             everyone = [{} for _ in range(self.world_size)]
             dist.all_gather_object(everyone, own)
-        return {"step": self.step, "rollouts": everyone}
+        self._saved = {"step": self.step, "rollouts": everyone}
+        return self._saved
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continues behind the last step begun. With another number of ranks, the present rollout is made anew."""

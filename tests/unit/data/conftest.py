@@ -1,8 +1,8 @@
 """Fixtures of the data tests: two tokenizers of one token a word."""
 
 import pytest
-from tiny import make_tokenizer
 from transformers import PreTrainedTokenizerFast
+from word_tokenizer import make_tokenizer
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import QUIET
+from word_tokenizer import QUIET
 
 from align import seeds
 from align.data.experience import ExperienceData, ExperienceLoader
@@ -173,6 +173,8 @@ class Toy(pl.LightningModule):
         optimizer.step()
 
     def configure_optimizers(self):
+        # Makes Lightning build the loader before it restores loader states, and then drop them.
+        assert self.trainer.estimated_stepping_batches == 12
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
@@ -211,6 +213,7 @@ def test_a_rollout_is_saved_only_where_it_is_needed_again(tokenizer):
     assert rollout is not None
     assert saved["scores"].equal(rollout.scores)
     assert saved["completions.ids"].equal(rollout.completions.ids)
+    assert one.state_dict()["rollouts"][0]["scores"] is saved["scores"]
     taken += [next(batches) for _ in range(2)]
     assert one.state_dict() == {"step": 8, "rollouts": [{}]}
 

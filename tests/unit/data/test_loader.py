@@ -6,7 +6,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from tiny import QUIET, WORDS, make_tokenizer
+from word_tokenizer import QUIET, WORDS, make_tokenizer
 
 from align.data.base import AlignData
 from align.data.demonstrations import DemonstrationData
@@ -114,6 +114,8 @@ class Recorder(pl.LightningModule):
         self.validated += batch.ids[:, 0].tolist()
 
     def configure_optimizers(self):
+        # Makes Lightning build the loader before it restores loader states, and then drop them.
+        assert self.trainer.estimated_stepping_batches > 0
         return torch.optim.SGD(self.parameters(), lr=1.0)
 
 
@@ -144,6 +146,14 @@ def test_a_fit_that_was_stopped_anywhere_sees_what_it_would_have_seen(tmp_path, 
     for stop in (1, per_epoch - 1, per_epoch, per_epoch + 2, 2 * per_epoch):
         resumed = fitted(tmp_path / "again", resume=tmp_path / f"step={stop}.ckpt", **given).seen
         assert resumed == {step: ids for step, ids in whole.items() if step >= stop}, stop
+
+
+def test_a_data_module_may_be_fitted_again(tmp_path):
+    whole, data = fitted(tmp_path).seen, numbered()
+    for resume, first in ((None, 0), (tmp_path / "step=7.ckpt", 7), (None, 0)):
+        module = Recorder()
+        pl.Trainer(max_epochs=3, enable_checkpointing=False, **QUIET).fit(module, datamodule=data, ckpt_path=resume)
+        assert module.seen == {step: ids for step, ids in whole.items() if step >= first}
 
 
 def test_validation_sees_its_examples_in_order_every_time(tmp_path):

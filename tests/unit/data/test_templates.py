@@ -1,7 +1,7 @@
 """Formats: which text is the prompt, which is learned, and what is said about rows that fit none."""
 
 import pytest
-from tiny import CHAT, make_tokenizer
+from word_tokenizer import CHAT, make_tokenizer
 
 from align.data.sources import Example
 from align.data.templates import Piece, Templates, tokenize, whole_text
