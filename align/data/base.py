@@ -68,8 +68,17 @@ class AlignData(LightningDataModule):
       * `collate(encoded) -> Record`: called for every batch, in a worker process where there are any.
 
     Attributes:
-        encoded: split -> its encoded examples, after `setup`.
-        report: split -> what happened to its examples, after `setup`: how many were read, used, dropped and why.
+        encoded: Split -> its encoded examples, after `setup`.
+        report: Split -> what happened to its examples, after `setup`: how many were read, used, dropped and why.
+
+    Args:
+        tokenizer: Must have an EOS token; its padding token and side do not matter.
+        train: Examples to train on.
+        valid: Examples to validate on.
+        batch_size: Examples of one optimizer step, all ranks together.
+        valid_batch_size: Examples of one validation batch; default: batch_size.
+        seed: Decides the training order.
+        num_workers: Processes that collate batches; 0 is enough, since `setup` did the tokenisation.
     """
 
     def __init__(
@@ -83,15 +92,6 @@ class AlignData(LightningDataModule):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        """Args:
-        tokenizer: must have an EOS token; its padding token and side do not matter.
-        train: examples to train on.
-        valid: examples to validate on.
-        batch_size: examples of one optimizer step, all ranks together.
-        valid_batch_size: examples of one validation batch; default: batch_size.
-        seed: decides the training order.
-        num_workers: processes that collate batches; 0 is enough, since `setup` did the tokenisation.
-        """
         super().__init__()
         self.require(batch_size=batch_size, valid_batch_size=valid_batch_size)
         self.tokenizer = tokenizer
@@ -111,7 +111,7 @@ class AlignData(LightningDataModule):
         """What is wrong with these constructor arguments, in words; for the configuration check and for `require`.
 
         Args:
-            arguments: some or all of the constructor's arguments; those that are missing are not judged.
+            arguments: Some or all of the constructor's arguments; those that are missing are not judged.
         """
         sizes = {name: arguments[name] for name in SIZES if isinstance(arguments.get(name), int)}
         return [f"{name}: got {value}, expected at least 1" for name, value in sizes.items() if value < 1]
@@ -139,9 +139,9 @@ class AlignData(LightningDataModule):
         Many at once, since a tokenizer is several times faster that way.
 
         Args:
-            examples: some of a split's examples.
-            counts: to be increased, a sentence -> how many examples it is true of.
-            split: where they come from, as in `examples`.
+            examples: Some of a split's examples.
+            counts: To be increased, a sentence -> how many examples it is true of.
+            split: Where they come from, as in `examples`.
         """
 
     @abstractmethod

@@ -34,6 +34,19 @@ class ComparisonData(AlignData):
     """Ranked answers for the reward model; batches are `Comparisons`. K may differ from prompt to prompt.
 
     Prompts whose answers all have the same score are dropped: there is no pair to learn from.
+
+    Args:
+        tokenizer: Must have an EOS token, which ends every answer.
+        train: Comparisons to train on.
+        valid: Comparisons to validate on.
+        batch_size: Prompts of one optimizer step, all ranks together; each brings its K answers.
+        valid_batch_size: Prompts of one validation batch; default: batch_size.
+        max_prompt_tokens: Comparisons with longer prompts are dropped.
+        max_response_tokens: Longer answers are cut and lose their EOS; counts the EOS.
+        demonstrations: Labelers' demonstrations, whose mean reward becomes 0 when training ends.
+        max_demonstrations: How many of them are used, drawn at random; 1,000 settle the mean to 3 % of its spread.
+        seed: Decides the training order and which demonstrations are drawn.
+        num_workers: Processes that collate batches.
     """
 
     def __init__(
@@ -51,19 +64,6 @@ class ComparisonData(AlignData):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        """Args:
-        tokenizer: must have an EOS token, which ends every answer.
-        train: comparisons to train on.
-        valid: comparisons to validate on.
-        batch_size: prompts of one optimizer step, all ranks together; each brings its K answers.
-        valid_batch_size: prompts of one validation batch; default: batch_size.
-        max_prompt_tokens: comparisons with longer prompts are dropped.
-        max_response_tokens: longer answers are cut and lose their EOS; counts the EOS.
-        demonstrations: labelers' demonstrations, whose mean reward becomes 0 when training ends.
-        max_demonstrations: how many of them are used, drawn at random; 1,000 settle the mean to 3 % of its spread.
-        seed: decides the training order and which demonstrations are drawn.
-        num_workers: processes that collate batches.
-        """
         super().__init__(
             tokenizer=tokenizer,
             train=train,

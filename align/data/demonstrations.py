@@ -34,6 +34,20 @@ class DemonstrationData(AlignData):
     """Prompts and responses for SFT; batches are `Sequences`.
 
     The prompt of a conversation, as far as limits go, is everything before its last assistant turn.
+
+    Args:
+        tokenizer: Must have an EOS token, which ends every response.
+        train: Demonstrations to train on.
+        valid: Demonstrations to validate on.
+        batch_size: Examples of one optimizer step, all ranks together.
+        valid_batch_size: Examples of one validation batch; default: batch_size.
+        max_prompt_tokens: Examples with longer prompts are dropped.
+        max_response_tokens: Longer responses are cut and lose their EOS; counts the EOS.
+        loss_on_prompt: Also learn to write the prompts.
+        mix: Pretraining texts, as `{text}`, to mix into training.
+        mix_fraction: Share of such texts in the training examples, from 0 (none) to below 1; InstructGPT's is 0.1.
+        seed: Decides the training order and which texts are mixed in.
+        num_workers: Processes that collate batches.
     """
 
     def __init__(
@@ -52,20 +66,6 @@ class DemonstrationData(AlignData):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        """Args:
-        tokenizer: must have an EOS token, which ends every response.
-        train: demonstrations to train on.
-        valid: demonstrations to validate on.
-        batch_size: examples of one optimizer step, all ranks together.
-        valid_batch_size: examples of one validation batch; default: batch_size.
-        max_prompt_tokens: examples with longer prompts are dropped.
-        max_response_tokens: longer responses are cut and lose their EOS; counts the EOS.
-        loss_on_prompt: also learn to write the prompts.
-        mix: pretraining texts, as `{text}`, to mix into training.
-        mix_fraction: share of such texts in the training examples, from 0 (none) to below 1; InstructGPT's is 0.1.
-        seed: decides the training order and which texts are mixed in.
-        num_workers: processes that collate batches.
-        """
         super().__init__(
             tokenizer=tokenizer,
             train=train,

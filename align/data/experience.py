@@ -32,6 +32,21 @@ class ExperienceData(PromptData):
 
     The whole run is one epoch of the Trainer (`max_epochs: 1`), with one batch for each optimizer step. Sizes count all
     ranks together. Validation batches are `Prompts`.
+
+    Args:
+        tokenizer: Must have an EOS token.
+        train: Examples whose prompts are answered; used again and again, shuffled anew each time.
+        valid: Examples whose prompts are answered in validation.
+        episodes: Responses of the whole run.
+        rollout_batch: Episodes collected before the policy is updated.
+        minibatch: Episodes of one optimizer step.
+        epochs: How often each episode is learned from.
+        max_prompt_tokens: Longer prompts are dropped.
+        valid_batch_size: Prompts of one validation batch; default: rollout_batch.
+        pretraining: Texts of the pretraining term of PPO-ptx, as `{text}`.
+        pretraining_batch: Texts of one optimizer step, 0 for none; InstructGPT takes 8 an episode.
+        max_pretraining_tokens: Length of the longest text, in tokens; longer ones are cut into several.
+        seed: Decides the order of prompts, minibatches and texts.
     """
 
     def __init__(
@@ -51,21 +66,6 @@ class ExperienceData(PromptData):
         max_pretraining_tokens: int | None = None,
         seed: int = 0,
     ) -> None:
-        """Args:
-        tokenizer: must have an EOS token.
-        train: examples whose prompts are answered; used again and again, shuffled anew each time.
-        valid: examples whose prompts are answered in validation.
-        episodes: responses of the whole run.
-        rollout_batch: episodes collected before the policy is updated.
-        minibatch: episodes of one optimizer step.
-        epochs: how often each episode is learned from.
-        max_prompt_tokens: longer prompts are dropped.
-        valid_batch_size: prompts of one validation batch; default: rollout_batch.
-        pretraining: texts of the pretraining term of PPO-ptx, as `{text}`.
-        pretraining_batch: texts of one optimizer step, 0 for none; InstructGPT takes 8 an episode.
-        max_pretraining_tokens: length of the longest text, in tokens; longer ones are cut into several.
-        seed: decides the order of prompts, minibatches and texts.
-        """
         self.require(
             episodes=episodes,
             rollout_batch=rollout_batch,
@@ -149,6 +149,21 @@ class ExperienceLoader:
     It must have a length: without one Lightning fetches a batch ahead, and each rollout would come from a policy that
     lacks the last update of the previous one. Everything it yields is a function of the step, the seed and the
     collected rollouts, so its checkpoint holds the step and, in the middle of a rollout, that rollout.
+
+    Args:
+        collect: Makes a rollout of prompts.
+        prompts: Indices -> prompts.
+        prompt_count: Number of different prompts.
+        texts: Indices -> pretraining texts; None without the pretraining term.
+        text_count: Number of different texts.
+        iterations: Rollouts of the run.
+        rollout_batch: Episodes of a rollout, all ranks together.
+        minibatch: Episodes of an optimizer step, all ranks together.
+        epochs: Passes over each rollout.
+        pretraining_batch: Texts of an optimizer step, all ranks together.
+        seed: Decides the order of prompts, minibatches and texts.
+        rank: Which rank's part of all that to yield.
+        world_size: Number of ranks.
     """
 
     def __init__(
@@ -168,21 +183,6 @@ class ExperienceLoader:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Args:
-        collect: makes a rollout of prompts.
-        prompts: indices -> prompts.
-        prompt_count: number of different prompts.
-        texts: indices -> pretraining texts; None without the pretraining term.
-        text_count: number of different texts.
-        iterations: rollouts of the run.
-        rollout_batch: episodes of a rollout, all ranks together.
-        minibatch: episodes of an optimizer step, all ranks together.
-        epochs: passes over each rollout.
-        pretraining_batch: texts of an optimizer step, all ranks together.
-        seed: decides the order of prompts, minibatches and texts.
-        rank: which rank's part of all that to yield.
-        world_size: number of ranks.
-        """
         for name, size in (("minibatch", minibatch), ("pretraining_batch", pretraining_batch)):
             if size % world_size:
                 raise ValueError(f"{name}={size} cannot be shared equally by {world_size} ranks; choose a multiple")

@@ -18,11 +18,11 @@ def stream(size: int, start: int, count: int, seed: int, purpose: str) -> Int[Te
     """Places `start .. start + count` of an endless stream that shuffles `size` examples anew in every pass.
 
     Args:
-        size: number of examples.
-        start: place in the stream, counted from its beginning.
-        count: how many indices.
-        seed: the run's seed.
-        purpose: what the stream is for; different purposes are shuffled differently.
+        size: Number of examples.
+        start: Place in the stream, counted from its beginning.
+        count: How many indices.
+        seed: The run's seed.
+        purpose: What the stream is for; different purposes are shuffled differently.
     """
     picked: list[Tensor] = []
     while count > 0:
@@ -39,6 +39,13 @@ class ShuffledBatches:
     The last batch may be smaller than the others: losses are weighted by counts, so nothing needs to be left out.
     With several ranks each takes its part of every batch; only a last batch with fewer examples than ranks is left out,
     since every rank must have work in every step.
+
+    Args:
+        order: Epoch -> the indices of its examples in order.
+        size: How many examples an epoch has.
+        batch_size: Examples in a batch, all ranks together.
+        rank: Which rank's part to give.
+        world_size: Number of ranks.
     """
 
     def __init__(
@@ -49,13 +56,6 @@ class ShuffledBatches:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
-        """Args:
-        order: epoch -> the indices of its examples in order.
-        size: how many examples an epoch has.
-        batch_size: examples in a batch, all ranks together.
-        rank: which rank's part to give.
-        world_size: number of ranks.
-        """
         if batch_size < world_size:
             raise ValueError(
                 f"batch_size={batch_size} is less than the {world_size} ranks that share a batch; raise it"

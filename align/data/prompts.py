@@ -14,7 +14,18 @@ from align.types import Prompts
 
 
 class PromptData(AlignData):
-    """The prompts of examples in any format; batches are `Prompts`."""
+    """The prompts of examples in any format; batches are `Prompts`.
+
+    Args:
+        tokenizer: Must have an EOS token.
+        train: Examples whose prompts are answered in training.
+        valid: Examples whose prompts are answered in validation.
+        batch_size: Prompts of one batch, all ranks together.
+        valid_batch_size: Prompts of one validation batch; default: batch_size.
+        max_prompt_tokens: Longer prompts are dropped.
+        seed: Decides the training order.
+        num_workers: Processes that collate batches.
+    """
 
     def __init__(
         self,
@@ -28,16 +39,6 @@ class PromptData(AlignData):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        """Args:
-        tokenizer: must have an EOS token.
-        train: examples whose prompts are answered in training.
-        valid: examples whose prompts are answered in validation.
-        batch_size: prompts of one batch, all ranks together.
-        valid_batch_size: prompts of one validation batch; default: batch_size.
-        max_prompt_tokens: longer prompts are dropped.
-        seed: decides the training order.
-        num_workers: processes that collate batches.
-        """
         super().__init__(
             tokenizer=tokenizer,
             train=train,
@@ -65,9 +66,9 @@ def encode_prompts(
     """All usable prompts of the rows as one record, to be cut into batches with `rows_at`.
 
     Args:
-        tokenizer: must have an EOS token.
-        rows: examples in any format that has a prompt; `Prompts.rows` are those whose prompts were kept.
-        max_prompt_tokens: longer prompts are dropped and counted in a log line.
+        tokenizer: Must have an EOS token.
+        rows: Examples in any format that has a prompt; `Prompts.rows` are those whose prompts were kept.
+        max_prompt_tokens: Longer prompts are dropped and counted in a log line.
 
     Raises:
         ValueError: no prompt is usable.

@@ -33,7 +33,7 @@ def read(source: Source) -> list[dict[str, Any]]:
     """All examples of a source, each knowing its origin.
 
     Args:
-        source: a `.jsonl` or `.jsonl.gz` file; a folder written by `Dataset.save_to_disk`; a folder of data files or
+        source: A `.jsonl` or `.jsonl.gz` file; a folder written by `Dataset.save_to_disk`; a folder of data files or
             the name of a dataset on the Hugging Face hub, either followed by `:split` (default `train` where there are
             several); a list of these; or a list of dicts.
 
@@ -67,6 +67,7 @@ def origin(row: Mapping[str, Any]) -> str:
 
 
 def _read_path(path: str) -> Iterator[Example]:
+    path = os.path.expanduser(path)
     if path.endswith(JSON_LINES):
         return _read_json_lines(path)
     return _read_dataset(path)
@@ -104,6 +105,11 @@ def _read_dataset(path: str) -> Iterator[Example]:
     from datasets import exceptions, load_dataset, load_from_disk
 
     name, split = _split_name(path)
+    if os.path.isfile(name):
+        raise ValueError(
+            f"{path}: a single file must be JSON lines ({' or '.join(JSON_LINES)}); put files of other kinds (CSV, "
+            "Parquet) into a folder and name the folder"
+        )
     if os.path.isdir(name) and any(os.path.isfile(os.path.join(name, file)) for file in _SAVED_DATASET):
         data: Any = load_from_disk(name)
     else:

@@ -17,7 +17,18 @@ from align.types import Sequences
 
 
 class TextData(AlignData):
-    """Plain text to learn as a whole; batches are `Sequences`."""
+    """Plain text to learn as a whole; batches are `Sequences`.
+
+    Args:
+        tokenizer: Must have an EOS token, which ends every text.
+        train: Texts to train on, as `{text}`.
+        valid: Texts to validate on.
+        batch_size: Sequences of one optimizer step, all ranks together.
+        valid_batch_size: Sequences of one validation batch; default: batch_size.
+        max_tokens: Length of the longest sequence, in tokens; longer texts are cut into several.
+        seed: Decides the training order.
+        num_workers: Processes that collate batches.
+    """
 
     def __init__(
         self,
@@ -31,16 +42,6 @@ class TextData(AlignData):
         seed: int = 0,
         num_workers: int = 0,
     ) -> None:
-        """Args:
-        tokenizer: must have an EOS token, which ends every text.
-        train: texts to train on, as `{text}`.
-        valid: texts to validate on.
-        batch_size: sequences of one optimizer step, all ranks together.
-        valid_batch_size: sequences of one validation batch; default: batch_size.
-        max_tokens: length of the longest sequence, in tokens; longer texts are cut into several.
-        seed: decides the training order.
-        num_workers: processes that collate batches.
-        """
         super().__init__(
             tokenizer=tokenizer,
             train=train,

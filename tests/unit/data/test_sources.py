@@ -73,6 +73,11 @@ def test_a_missing_file_is_named_with_the_folder_it_was_looked_for_in(tmp_path):
         read("nope.jsonl")
 
 
+def test_a_file_of_another_kind_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(ValueError, match=r"x\.csv: a single file must be JSON lines .* name the folder"):
+        read(write(tmp_path / "x.csv", b"prompt,response\na,b\n"))
+
+
 def test_saved_datasets_with_and_without_splits(tmp_path):
     import datasets
 
