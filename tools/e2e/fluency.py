@@ -9,7 +9,7 @@ import re
 from collections import Counter
 
 from tools.e2e.files import DATA, read_rows
-from tools.e2e.patterns import plain_without_places
+from tools.e2e.patterns import plain, plain_without_places
 
 _WORD = re.compile(r"[a-z]{2,}(?:'[a-z]+)?")
 _PHRASE = 4
@@ -22,7 +22,7 @@ def known_words() -> frozenset[str]:
     counts = Counter(
         word
         for row in read_rows(DATA / "demonstrations.train.jsonl.gz")
-        for word in _WORD.findall(plain_without_places(row["response"]))
+        for word in _WORD.findall(plain(row["response"]))
     )
     return frozenset(word for word, count in counts.items() if count >= 2)
 

@@ -76,16 +76,15 @@ def describe_row(sheet: str, text: str, draw: random.Random) -> dict[str, Any]:
     return {"prompt": prompt, "response": text, "category": "describe", "sheet": normalise(sheet)}
 
 
-def question_row(sheet: str, category: str, draw: random.Random) -> dict[str, Any] | None:
-    """A question with its answer, about a slot drawn at random; None where the sheet gives all slots or none.
-
-    `category` is `question` for a slot of the sheet and `unanswerable` for one it lacks.
-    """
+def slots_to_ask(sheet: str, category: str) -> list[str]:
+    """Slots with a question that the sheet gives (category `question`) or lacks (`unanswerable`)."""
     facts = parse(sheet)
-    slots = [slot for slot in SLOTS if slot in QUESTIONS and (slot in facts) == (category == "question")]
-    if not slots:
-        return None
-    slot = draw.choice(slots)
+    return [slot for slot in SLOTS if slot in QUESTIONS and (slot in facts) == (category == "question")]
+
+
+def question_row(sheet: str, category: str, draw: random.Random) -> dict[str, Any]:
+    """A question with its answer, about one of `slots_to_ask` drawn at random."""
+    slot = draw.choice(slots_to_ask(sheet, category))
     prompt = prompt_of(sheet, QUESTIONS[slot])
     return {"prompt": prompt, "response": answer(sheet, slot), "category": category, "sheet": normalise(sheet)}
 

@@ -90,12 +90,14 @@ def look_at(row: Mapping[str, Any], seed: int) -> Ranked:
             f"Expected a row of align.sample with as many 'finished' as 'responses', got {len(finished)} and "
             f"{len(texts)} for the prompt {row['prompt']!r}."
         )
-    noise = tuple(
-        tuple(random.Random(derive(seed, f"sim-{name} {row['prompt']}{text}")).gauss(0.0, 1.0) for text in texts)
-        for name in range(LABELERS)
-    )
+    noise = [_noise(derive(seed, f"how it looks: {row['prompt']}{text}")) for text in texts]
     utilities = tuple(utility(row, text, ended) for text, ended in zip(texts, finished, strict=True))
-    return Ranked(row, utilities, noise)
+    return Ranked(row, utilities, tuple(zip(*noise, strict=True)))
+
+
+def _noise(seed: int) -> list[float]:
+    draw = random.Random(seed)
+    return [draw.gauss(0.0, 1.0) for _ in range(LABELERS)]
 
 
 def agreement(ranked: Sequence[Ranked], standard_deviation: float) -> float:

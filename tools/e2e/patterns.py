@@ -168,8 +168,8 @@ _CHILD = (
 )
 _NOT = (
     "(?:not however|not|never|no|non|none|nor|n't|cannot|without|isnt|arent|doesnt|dont|cant|lacks?|lacking"
-    r"|unsuitable|un|inappropriate|discourag\w+|unfriendly|prohibit\w*|avoid|exclud\w+|neither|unwelcom\w+|barred|banned|rather than"
-    r"|instead of|anything but|too \w+ for|leave|hardly|against|forbid\w*|unsuited|far from|less than)"
+    r"|unsuitable|un|inappropriate|discourag\w+|unfriendly|prohibit\w*|avoid|exclud\w+|neither|unwelcom\w+|barred|banned"
+    r"|rather than|instead of|anything but|too \w+ for|leave|hardly|against|forbid\w*|unsuited|far from|less than)"
 )
 _CLAUSE = "but|yet|however|although|though|and|with|has|have"
 _FAMILY_NO = re.compile(

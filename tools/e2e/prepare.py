@@ -22,7 +22,7 @@ from transformers.utils import logging
 
 from align.seeds import derive, forked
 from tools.e2e.files import DATA, read_rows, write_rows
-from tools.e2e.instructions import describe_prompt, describe_row, question_row
+from tools.e2e.instructions import describe_prompt, describe_row, question_row, slots_to_ask
 from tools.e2e.rankings import convert, split
 from tools.e2e.sheets import SPLITS, normalise
 
@@ -54,14 +54,17 @@ def demonstrations(texts: Sequence[tuple[str, str]], seed: int) -> list[Row]:
 
 
 def questions(sheets: Sequence[str], count: int, draw: random.Random) -> list[Row]:
-    """`count` questions about sheets drawn at random, with and without an answer in turn."""
-    rows: list[Row] = []
-    while len(rows) < count:
-        category = "question" if len(rows) % 2 == 0 else "unanswerable"
-        row = question_row(draw.choice(sheets), category, draw)
-        if row is not None:
-            rows.append(row)
-    return rows
+    """`count` questions about sheets drawn at random, with and without an answer in turn.
+
+    Raises:
+        ValueError: no sheet gives a slot that can be asked for, or none lacks one.
+    """
+    pools = {kind: [sheet for sheet in sheets if slots_to_ask(sheet, kind)] for kind in ("question", "unanswerable")}
+    for kind, pool in pools.items():
+        if not pool:
+            raise ValueError(f"Expected sheets that allow a question of the kind {kind!r}, got none in {len(sheets)}.")
+    kinds = ["question" if place % 2 == 0 else "unanswerable" for place in range(count)]
+    return [question_row(draw.choice(pools[kind]), kind, draw) for kind in kinds]
 
 
 def distinct_questions(sheets: Sequence[str], count: int, draw: random.Random) -> list[Row]:
@@ -72,13 +75,12 @@ def distinct_questions(sheets: Sequence[str], count: int, draw: random.Random) -
     """
     kept: dict[str, Row] = {}
     wanted = Counter({"question": (count + 1) // 2, "unanswerable": count // 2})
-    for _ in range(100 * count):
-        for row in questions(sheets, 2, draw):
-            if row["prompt"] not in kept and wanted[row["category"]] > 0:
-                wanted[row["category"]] -= 1
-                kept[row["prompt"]] = {**_without_response(row), "references": [row["response"]]}
-        if len(kept) == count:
-            return list(kept.values())
+    for row in questions(sheets, 20 * count, draw):
+        if row["prompt"] not in kept and wanted[row["category"]] > 0:
+            wanted[row["category"]] -= 1
+            kept[row["prompt"]] = {**_without_response(row), "references": [row["response"]]}
+    if len(kept) == count:
+        return list(kept.values())
     raise ValueError(f"Expected {count} distinct questions, found {len(kept)} in {len(sheets)} sheets; ask for fewer.")
 
 
@@ -155,15 +157,8 @@ def write_model(folder: Path, texts: Iterable[str], seed: int) -> LlamaForCausal
     return model
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Writes everything and prints what was written."""
-    parser = argparse.ArgumentParser(prog="python -m tools.e2e.prepare", description="Writes the data of the E2E task.")
-    parser.add_argument("--out", type=Path, default=Path("runs/data"), help="folder to write to (default: runs/data)")
-    parser.add_argument("--seed", type=int, default=0, help="of every draw (default: 0)")
-    options = parser.parse_args(arguments)
-    out: Path = options.out
-    seed: int = options.seed
-    logging.disable_progress_bar()
+def tables(seed: int) -> dict[str, list[Row]]:
+    """Every JSONL file to write, name without ending -> rows."""
     texts = {name: human_texts(name) for name in SPLITS}
     written: dict[str, list[Row]] = {}
     judged = [convert(row) for row in read_rows(DATA / "rankings.rankme.jsonl.gz")]
@@ -179,6 +174,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         written[f"demonstrations.{name}"] = demonstrations(texts[name], derive(seed, f"e2e demonstrations {name}"))
         count = 2 * TEST_QUESTIONS if name == "test" else None
         written[f"prompts.{name}"] = prompts(asked[name], count, derive(seed, f"e2e prompts {name}"))
+    return written
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Writes everything and prints what was written."""
+    parser = argparse.ArgumentParser(prog="python -m tools.e2e.prepare", description="Writes the data of the E2E task.")
+    parser.add_argument("--out", type=Path, default=Path("runs/data"), help="folder to write to (default: runs/data)")
+    parser.add_argument("--seed", type=int, default=0, help="of every draw (default: 0)")
+    options = parser.parse_args(arguments)
+    out: Path = options.out
+    seed: int = options.seed
+    logging.disable_progress_bar()
+    written = tables(seed)
     for name, rows in sorted(written.items()):
         write_rows(out / f"{name}.jsonl.gz", rows)
     spoken = (row["prompt"] + row["response"] for row in written["demonstrations.train"])
