@@ -1,6 +1,13 @@
 """Tiny random models of several families, a tokenizer and records, for tests. Nothing is downloaded."""
 
+import csv
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning as L
 import torch
+from lightning.pytorch.loggers import CSVLogger
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
@@ -11,6 +18,7 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
@@ -19,6 +27,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from align.models.heads import ScalarModel
 from align.types import Completions, Prompts
 
 PAD, BOS, EOS, VOCAB = 0, 1, 2, 50
@@ -95,3 +104,56 @@ def completions(prompt_lengths: list[int], response_lengths: list[int], seed: in
         finished=finished,
         rows=tuple({"number": i} for i in range(len(total))),
     )
+
+
+def scalar_model(seed: int = 0, **changes: object) -> ScalarModel:
+    """A Llama with a scalar head."""
+    base = llama(**changes).config
+    torch.manual_seed(seed)
+    base.num_labels = 1
+    return ScalarModel(LlamaForSequenceClassification(base))
+
+
+def gradients(module: torch.nn.Module, pieces: Iterable[tuple[torch.Tensor, object]]) -> dict[str, torch.Tensor]:
+    """The summed gradients of all pieces of loss, by parameter, leaving the module's own gradients empty."""
+    module.zero_grad()
+    for loss, _ in pieces:
+        loss.backward()
+    found = {name: p.grad.clone() for name, p in module.named_parameters() if p.grad is not None}
+    module.zero_grad()
+    return found
+
+
+def assert_same_gradients(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Equal to rounding, and not all zero."""
+    assert ours.keys() == theirs.keys() and any(bool(value.any()) for value in ours.values())
+    for name in ours:
+        torch.testing.assert_close(
+            ours[name], theirs[name], rtol=1e-4, atol=1e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+
+
+def fit(
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    folder: Path,
+    callbacks: Sequence[L.Callback] = (),
+    **trainer: Any,
+) -> L.Trainer:
+    """Trains in `folder`, quietly."""
+    made = L.Trainer(
+        **{
+            "accelerator": "cpu", "logger": CSVLogger(folder, name="", version=""), "enable_progress_bar": False,
+            "enable_model_summary": False, "enable_checkpointing": False, "default_root_dir": folder,
+            "log_every_n_steps": 1, "num_sanity_val_steps": 0, "callbacks": list(callbacks), "max_epochs": 1,
+            "use_distributed_sampler": False, **trainer,
+        }
+    )  # fmt: skip
+    made.fit(module, datamodule=data)
+    return made
+
+
+def logged(folder: Path, name: str) -> list[float]:
+    """All values of a metric, in order."""
+    with open(folder / "metrics.csv", newline="") as file:
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]

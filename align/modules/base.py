@@ -125,8 +125,12 @@ class AlignModule(L.LightningModule):
         now = time.perf_counter()
         stats = {**stats, "speed/tokens_per_second": torch.tensor(tokens / (now - self._clock))}
         self._clock = now
-        self.log_dict({name: value.float() for name, value in stats.items() if name not in bar})
-        self.log_dict({name: stats[name].float() for name in bar if name in stats}, prog_bar=True)
+        # Straight to the loggers: `self.log` would repeat a rollout's numbers at every step until the next rollout.
+        for logger in self.loggers:
+            logger.log_metrics({name: float(value) for name, value in stats.items()}, step=self.global_step)
+        self.log_dict(
+            {name: value.float() for name, value in stats.items() if name in bar}, prog_bar=True, logger=False
+        )
 
     def on_train_start(self) -> None:
         """Starts the clock of `report`."""

@@ -8,7 +8,7 @@ one when the last is used up. What departs from the paper, or fills what it leav
 import copy
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, Literal
 
 import torch
@@ -41,9 +41,9 @@ class PPO:
         ptx_coef: γ of Eq. 2: weight of the pretraining loss, in mean nats a token. 0 is plain PPO.
         whiten_advantages: Mean 0 and variance 1 over each minibatch's tokens.
         whiten_rewards: Variance 1 over the rollout's token rewards; their mean stays.
-        missing_eos: A response cut at the length limit keeps its score, has it replaced by `missing_eos_score`, or has
+        missing_eos: A response cut at the length limit keeps its score, has it replaced by `missing_eos_value`, or has
             that number subtracted.
-        missing_eos_score: See `missing_eos`. Replacing by -1 assumes rewards of unit scale around 0.
+        missing_eos_value: See `missing_eos`. Replacing by -1 assumes rewards of unit scale around 0.
     """
 
     kl_coef: float = 0.02
@@ -55,7 +55,33 @@ class PPO:
     whiten_advantages: bool = True
     whiten_rewards: bool = False
     missing_eos: Literal["keep", "replace", "subtract"] = "keep"
-    missing_eos_score: float = -1.0
+    missing_eos_value: float = -1.0
+
+    def __post_init__(self) -> None:
+        """Refuses numbers with which the formulas mean nothing."""
+        errors = self.config_errors({item.name: getattr(self, item.name) for item in fields(self)})
+        if errors:
+            raise ValueError("; ".join(errors))
+
+    @classmethod
+    def config_errors(cls, arguments: dict[str, Any]) -> list[str]:
+        """What is wrong with these constructor arguments, in words."""
+        errors = [
+            f"{name}: got {arguments[name]}, expected 0 or more"
+            for name in ("kl_coef", "ptx_coef", "value_clip")
+            if (arguments[name] or 0.0) < 0.0
+        ]
+        errors += [
+            f"{name}: got {arguments[name]}, expected a number from 0 to 1"
+            for name in ("gamma", "lam", "clip")
+            if not 0.0 <= arguments[name] <= 1.0
+        ]
+        if arguments["missing_eos"] == "subtract" and arguments["missing_eos_value"] <= 0.0:
+            errors.append(
+                f"missing_eos_value: got {arguments['missing_eos_value']}, which subtract would turn into a bonus for "
+                "never ending; expected a positive number"
+            )
+        return errors
 
 
 class PPOModule(AlignModule):
@@ -115,6 +141,19 @@ class PPOModule(AlignModule):
     def learning_rates(self) -> Mapping[str, float]:
         """See `AlignModule`."""
         return {} if self.value_lr is None else {"value": self.value_lr}
+
+    def on_fit_start(self) -> None:
+        """Sees to it that text is there if and only if the objective has a pretraining term.
+
+        Raises:
+            ValueError: One is there without the other.
+        """
+        texts = getattr(self.trainer.datamodule, "pretraining_batch", 0)  # type: ignore[attr-defined]
+        if (self.ppo.ptx_coef > 0.0) != (texts > 0):
+            raise ValueError(
+                f"module.ppo.ptx_coef is {self.ppo.ptx_coef} and data.pretraining_batch is {texts}; for PPO-ptx both "
+                "must be positive, for plain PPO both 0"
+            )
 
     # The hooks.
 
@@ -192,9 +231,9 @@ class PPOModule(AlignModule):
         self, scores: Float[Tensor, " batch"], finished: Bool[Tensor, " batch"]
     ) -> Float[Tensor, " batch"]:
         if self.ppo.missing_eos == "replace":
-            return returns.missing_eos_replace(scores, finished, self.ppo.missing_eos_score)
+            return returns.missing_eos_replace(scores, finished, self.ppo.missing_eos_value)
         if self.ppo.missing_eos == "subtract":
-            return returns.missing_eos_subtract(scores, finished, self.ppo.missing_eos_score)
+            return returns.missing_eos_subtract(scores, finished, self.ppo.missing_eos_value)
         return scores
 
     # Learning.
@@ -203,7 +242,7 @@ class PPOModule(AlignModule):
         """One optimizer step: pretraining and PPO gradients add up, then policy and value network step together."""
         stats = self.rollout_stats(batch.fresh) if batch.fresh is not None else {}
         tokens = int(batch.episodes.completions.lengths.sum())
-        if batch.pretraining is not None and self.ppo.ptx_coef > 0.0:
+        if batch.pretraining is not None:
             stats |= self.accumulate(self.pretraining_losses(batch.pretraining))
             stats["grad_norm/ptx"] = _gradient_norm(self.policy)
             tokens += int(batch.pretraining.lengths.sum())

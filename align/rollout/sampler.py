@@ -12,7 +12,7 @@ Implementation Details, point 25). They draw from torch's default generator, whi
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -26,6 +26,7 @@ LEAVE_AT = 0.8
 """Finished rows are taken out when fewer than this share of the batch is still being written."""
 
 
+@runtime_checkable
 class Sampler(Protocol):
     """Writes one response to each prompt.
 
