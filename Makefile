@@ -1,0 +1,34 @@
+# make quickstart: the whole method on real text, in minutes. make test: the tests. make check: what CI runs.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart install test unit check format clean
+
+quickstart: install
+	$(BIN)/python -m tools.e2e.quickstart
+
+install: .venv/installed
+
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+test: install
+	$(BIN)/python -m pytest
+
+unit: install
+	$(BIN)/python -m pytest tests/unit
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/python -m pytest
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .venv runs
