@@ -6,6 +6,7 @@ Knows what was found (`align.measure.Results`), not how.
 import csv
 import io
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -86,7 +87,8 @@ def side_by_side(title: str, findings: Sequence[Finding], labels: Mapping[str, s
     rows = []
     for metric in (name for name in labels if name in cells):
         found = cells[metric]
-        decimals = max((value.decimals for value in found.values() if value.half_width > 0.0), default=CONSTANT)
+        spread = [value.decimals for value in found.values() if value.half_width > 0.0]
+        decimals = statistics.median_high(spread) if spread else CONSTANT
         rows.append((labels[metric], [found[name].shown(decimals) if name in found else "" for name in columns]))
     return Side(title, columns, rows)
 
@@ -123,7 +125,7 @@ def _rich(side: Side) -> Table:
     table = Table(title=side.title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", pad_edge=False)
     table.add_column("", no_wrap=True)
     for name in side.columns:
-        table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(name, justify="right")
     for label, cells in side.rows:
         table.add_row(label, *cells)
     return table
