@@ -7,10 +7,10 @@ not what the metrics mean.
 from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -41,6 +41,7 @@ Advance = Callable[[int], None]
 """Called with the number of texts done since the last call."""
 
 
+@runtime_checkable
 class Metric(Protocol):
     """Judges texts. Any class with this shape can be named under `metrics` in the YAML."""
 
@@ -69,7 +70,7 @@ class Texts:
     place: Int[Tensor, " texts"]
     """Which prompt each answers."""
 
-    def by_prompt(self, values: Float[Tensor, " texts"], prompts: int) -> Float[Tensor, " prompts"]:
+    def by_prompt(self, values: Shaped[Tensor, " texts"], prompts: int) -> Float[Tensor, " prompts"]:
         """Numbers of the texts laid out by prompt; NaN where a prompt has no text."""
         return torch.full((prompts,), float("nan")).index_put((self.place,), values.float())
 
