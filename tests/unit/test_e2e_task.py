@@ -52,6 +52,7 @@ def test_fact_left_out_is_missing_and_nothing_else(slot: str, without: str):
         ("food", RIGHT.replace("Italian", "Japanese")),
         ("price range", RIGHT.replace("cheap", "expensive")),
         ("price range", RIGHT.replace("cheap", "moderately priced")),
+        ("price range", RIGHT.replace("a cheap", "a more than £20")),
         ("customer rating", RIGHT.replace("highly rated", "poorly rated")),
         ("customer rating", RIGHT.replace("highly rated", "3 star")),
         ("area", RIGHT.replace("by the river", "in the city centre")),
@@ -243,6 +244,7 @@ def test_faults_of_style():
     assert faults("The Mill is a pub. The Mill is a pub.") == 2  # the sentence and the phrase
     assert faults("The Mill is a pubbling.") == 1
     assert faults("") == 1
+    assert faults(instructions.NOT_STATED) == 0
 
 
 def test_utility_costs():
@@ -351,11 +353,12 @@ def test_model_folder_is_deterministic_and_text_comes_back(tmp_path: Path):
     for path in (tmp_path / "one").iterdir():
         assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
     tokenizer = prepare.train_tokenizer(texts)
+    special = {tokenizer.get_vocab()[token] for token in ("<pad>", "<bos>", "<eos>")}
+    assert len(special) == 3
     for text in [*texts[:200], "£20-25, 5 out of 5 — Café\n", " two  spaces"]:
         ids = tokenizer(text)["input_ids"]
         assert tokenizer.decode(ids) == text
-        assert not {tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id} & set(ids)
-    assert len({tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id}) == 3
+        assert not special & set(ids)
     model = prepare.random_model(tokenizer, 0)
     assert 0.75e6 < model.num_parameters() < 1.2e6
     assert model.config.eos_token_id == model.generation_config.eos_token_id == tokenizer.eos_token_id

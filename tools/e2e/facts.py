@@ -91,7 +91,7 @@ def _compare(slot: str, facts: Mapping[str, str], marks: Mapping[str, frozenset[
     expressed = bool(said & fits)
     if slot in _FITS and any(mark[-1].isdigit() for mark in said & fits):
         # `an average price of more than £30`: the number says which, the word is no second statement.
-        against = frozenset(mark for mark in against if mark[-1].isdigit())
+        against = frozenset(mark for mark in against if mark[-1].isdigit() or mark == "odd")
     if slot == "eat type" and expressed:
         # People call every place that serves food a restaurant; they mind only where it is no other kind as well.
         against -= {"restaurant"}

@@ -9,6 +9,7 @@ import re
 from collections import Counter
 
 from tools.e2e.files import DATA, read_rows
+from tools.e2e.instructions import NOT_STATED
 from tools.e2e.patterns import plain, plain_without_places
 
 _WORD = re.compile(r"[a-z]{2,}(?:'[a-z]+)?")
@@ -18,13 +19,13 @@ _PHRASE = 4
 
 @functools.cache
 def known_words() -> frozenset[str]:
-    """Every word that people used at least twice in the texts of the training split."""
+    """Every word that people used at least twice in the texts of the training split, and those of `NOT_STATED`."""
     counts = Counter(
         word
         for row in read_rows(DATA / "demonstrations.train.jsonl.gz")
         for word in _WORD.findall(plain(row["response"]))
     )
-    return frozenset(word for word, count in counts.items() if count >= 2)
+    return frozenset(word for word, count in counts.items() if count >= 2) | set(_WORD.findall(plain(NOT_STATED)))
 
 
 @functools.lru_cache(maxsize=65_536)

@@ -94,9 +94,16 @@ _PRICE_NUMBERS: Patterns = {
         rf" (?:[a-z]+ )?{_30}\b"
         rf"|{_30} ?(?:\+|(?:pounds )?(?:and|or) (?:over|up|above|higher|more)|plus|upwards?)|> ?{_30}"
     ),
+    "odd": re.compile(
+        rf"\b(?<!no )(?<!not )(?:more|higher|greater) (?:than|then|that) (?:[a-z]+ ){{0,2}}{_20}(?! ?-)\b"
+        rf"|\b(?<!nothing )(?:over|above) {_20}(?! ?-)\b"
+        rf"|\b(?:less|lower|cheaper) (?:than|then|that) (?:[a-z]+ ){{0,2}}{_30}\b|\b(?:under|below) {_30}\b"
+        r"|£(?!(?:20|25|30)\b)\d+|\b20 ?(?:-|to) ?£?30\b|\b30 ?(?:-|to) ?£?\d+"
+    ),
     "~20": re.compile(rf"(?<![\d-]){_20}\b(?! ?-)"),
     "~30": re.compile(rf"(?<![\d-]){_30}\b"),
 }
+"""`odd` is a number that no sheet has, such as `more than £20`."""
 _PRICE_WORDS: Patterns = {
     "low": _any(r"cheap\w*", r"inexpensive\w*", "low ?costs?", "(?<!high )budget", "bargains?", "economical"),
     "mid": _any(r"moderate(?:ly|s)?(?! (?:customer |\w+ )?(?:rat|review|star|recommend)\w*)", "mid ?(?:range|priced?)"),
@@ -251,7 +258,10 @@ def _matching(patterns: Patterns, text: str) -> set[str]:
 
 def _price(text: str) -> set[str]:
     softened = _SOFTENED.sub("", text)
-    marks = _matching(_PRICE_NUMBERS, text) | _matching(_PRICE_WORDS, softened) | _matching(_PRICE_LEVELS, softened)
+    numbers = _matching(_PRICE_NUMBERS, text)
+    if "odd" in numbers:
+        numbers -= {"~20", "~30"}
+    marks = numbers | _matching(_PRICE_WORDS, softened) | _matching(_PRICE_LEVELS, softened)
     return marks | {"~low", "~fair", "~high"} if softened != text else marks
 
 

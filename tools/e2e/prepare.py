@@ -126,6 +126,7 @@ def train_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 def random_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausalLM:
     """A Llama of about one million parameters, the size two CPU cores train well in minutes."""
+    special = tokenizer.get_vocab()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=128,
@@ -135,9 +136,9 @@ def random_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> LlamaForCausa
         num_key_value_heads=4,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=special["<pad>"],
+        bos_token_id=special["<bos>"],
+        eos_token_id=special["<eos>"],
     )
     with forked(seed, "e2e initial weights"):
         return LlamaForCausalLM(config).float()
