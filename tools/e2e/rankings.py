@@ -4,7 +4,7 @@ Knows nothing of models; `prepare.py` writes what this makes.
 """
 
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,13 +39,7 @@ def split(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, list[dict[str,
     prompts = sorted({row["prompt"] for row in rows})
     draw.shuffle(prompts)
     prompts_in_train = set(prompts[: round(TRAIN_SHARE * len(prompts))])
-    judgements = Counter(row["labeler"] for row in rows)
-    labelers = sorted(judgements)
-    draw.shuffle(labelers)
-    labelers_in_train: set[str] = set()
-    for labeler in labelers:
-        if sum(judgements[name] for name in labelers_in_train) < TRAIN_SHARE * len(rows):
-            labelers_in_train.add(labeler)
+    labelers_in_train = _labelers_in_train(rows, draw)
     train, test = [], []
     for row in rows:
         sides = (row["prompt"] in prompts_in_train, row["labeler"] in labelers_in_train)
@@ -54,3 +48,25 @@ def split(rows: Sequence[dict[str, Any]], seed: int) -> dict[str, list[dict[str,
         elif sides == (False, False):
             test.append(row)
     return {"train": train, "test": test}
+
+
+def _labelers_in_train(rows: Sequence[dict[str, Any]], draw: random.Random) -> set[str]:
+    """Labelers drawn until they hold `TRAIN_SHARE` of the judgements, among those of each criterion by itself.
+
+    Most people judged by one criterion, so a draw among all of them would put one criterion on one side.
+    """
+    judged: dict[str, Counter[str]] = defaultdict(Counter)
+    for row in rows:
+        judged[row["labeler"]][row["criterion"]] += 1
+    of_criterion: dict[str, list[str]] = defaultdict(list)
+    for labeler, counts in sorted(judged.items()):
+        of_criterion[max(sorted(counts), key=lambda name: counts[name])].append(labeler)
+    chosen: set[str] = set()
+    for labelers in of_criterion.values():
+        draw.shuffle(labelers)
+        wanted = TRAIN_SHARE * sum(judged[labeler].total() for labeler in labelers)
+        while wanted > 0:
+            labeler = labelers.pop()
+            chosen.add(labeler)
+            wanted -= judged[labeler].total()
+    return chosen
