@@ -164,8 +164,10 @@ def tables(seed: int) -> dict[str, list[Row]]:
     written: dict[str, list[Row]] = {}
     judged = [convert(row) for row in read_rows(DATA / "rankings.rankme.jsonl.gz")]
     human = split(judged, derive(seed, "e2e split of people"))
+    # How natural a text reads is another question than how well it says what is so, and was often answered against it.
     for part, rows in human.items():
-        written[f"rankings.human.{part}"] = rows
+        written[f"rankings.human.{part}"] = [row for row in rows if row["criterion"] != "naturalness"]
+    written["rankings.naturalness.test"] = [row for row in human["test"] if row["criterion"] == "naturalness"]
     # The people judged sheets of the test split: what the reward model may learn from is no longer a test.
     seen = {row["sheet"] for row in human["train"]}
     asked = {**texts, "test": [(sheet, text) for sheet, text in texts["test"] if sheet not in seen]}
