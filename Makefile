@@ -1,8 +1,8 @@
-# make quickstart: the whole method on real text, in minutes. make test: the tests. make check: what CI runs.
+# make quickstart: the whole method on real text, in minutes. make test: the tests. make check: style, types, tests.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart install test unit check format clean
+.PHONY: quickstart install test unit static check format clean
 
 quickstart: install
 	$(BIN)/python -m tools.e2e.quickstart
@@ -20,11 +20,12 @@ test: install
 unit: install
 	$(BIN)/python -m pytest tests/unit
 
-check: install
+static: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
-	$(BIN)/python -m pytest
+
+check: static test
 
 format: install
 	$(BIN)/ruff check --fix .

@@ -248,6 +248,10 @@ class _Checker:
         left = {key: value for key, value in values.items() if key not in (*TRAINER_REMEDIES, *ONE_PROCESS)}
         known = {key: value for key, value in parameters.items() if key not in TRAINER_REMEDIES}
         self.bind("argument of the Trainer", known, left, "trainer")
+        precision = values.get("precision")
+        if isinstance(precision, str) and precision.endswith("-true") and precision != "32-true":
+            remedy = "use 16-mixed or bf16-mixed, or set dtype: bfloat16 where a model is loaded"
+            self.errors.append(f"trainer.precision: got {precision}, which would convert data as well; {remedy}")
         if not values.keys() & {"max_epochs", "max_steps", "max_time", "fast_dev_run"}:
             self.errors.append("trainer: does not say when to stop; set max_epochs or max_steps")
 

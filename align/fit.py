@@ -67,6 +67,8 @@ UNHELPFUL_WARNINGS = (
     ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # between Lightning and PyTorch
     ".*Using ModelCheckpoint with manual optimization.*",  # the state after the step is the one to save
     ".*smaller than the logging interval.*",
+    ".*Total length of `list` across ranks is zero.*",  # no validation data, as configured
+    ".*You passed in a `val_dataloader` but have no `validation_step`.*",  # PPO: the data family always offers one
 )
 
 
@@ -147,17 +149,26 @@ def export(module: LightningModule, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet_lightning() -> Iterator[None]:
-    """Keeps Lightning's notes and advertisements out of the output; its warnings stay, save those that do not help."""
-    logger = logging.getLogger("lightning.pytorch")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
+    """Keeps Lightning's notes and advertisements out of the output.
+
+    What stays: its warnings, save those that do not help, and the notes of this package, such as how many examples the
+    data dropped and why.
+    """
+    handlers = logging.getLogger("lightning.pytorch").handlers
+    for handler in handlers:
+        handler.addFilter(_is_worth_reading)
     try:
         with warnings.catch_warnings():
             for message in UNHELPFUL_WARNINGS:
                 warnings.filterwarnings("ignore", message)
             yield
     finally:
-        logger.setLevel(level)
+        for handler in handlers:
+            handler.removeFilter(_is_worth_reading)
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.WARNING or Path(record.pathname).is_relative_to(Path(__file__).parent)
 
 
 def _plain(config: DictConfig) -> dict[str, Any]:

@@ -31,7 +31,7 @@ class Optim:
 
     lr: float
     betas: Sequence[float] = (0.9, 0.95)
-    epsilon: float = 1e-8
+    epsilon: float = 1e-5
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
     schedule: Literal["constant", "cosine", "linear"] = "constant"

@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from align.models.load import save_model
 from align.modules.base import AlignModule
+from align.modules.ppo import PPOModule
 
 
 class EMA(L.Callback):
@@ -30,8 +31,14 @@ class EMA(L.Callback):
         self._saved: dict[str, Any] | None = None
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Starts from the weights as they are, or from those of the checkpoint."""
+        """Starts from the weights as they are, or from those of the checkpoint.
+
+        Raises:
+            ValueError: Iterations shall be counted where there are none.
+        """
         assert isinstance(pl_module, AlignModule)
+        if self.every == "iteration" and not isinstance(pl_module, PPOModule):
+            raise ValueError(f"every: got iteration, but {type(pl_module).__name__} has no rollouts; expected step")
         self.average = AveragedModel(pl_module.exported(), multi_avg_fn=get_ema_multi_avg_fn(self.decay))
         self.average.requires_grad_(False)
         self.average.update_parameters(pl_module.exported())  # the first update copies

@@ -36,13 +36,11 @@ class ExperienceData(PromptData):
     Args:
         tokenizer: Must have an EOS token.
         train: Examples whose prompts are answered; used again and again, shuffled anew each time.
-        valid: Examples whose prompts are answered in validation.
         episodes: Responses of the whole run.
         rollout_batch: Episodes collected before the policy is updated.
         minibatch: Episodes of one optimizer step.
         epochs: How often each episode is learned from.
         max_prompt_tokens: Longer prompts are dropped.
-        valid_batch_size: Prompts of one validation batch; default: rollout_batch.
         pretraining: Texts of the pretraining term of PPO-ptx, as `{text}`.
         pretraining_batch: Texts of one optimizer step, 0 for none; InstructGPT takes 8 an episode.
         max_pretraining_tokens: Length of the longest text, in tokens; longer ones are cut into several.
@@ -54,13 +52,11 @@ class ExperienceData(PromptData):
         *,
         tokenizer: PreTrainedTokenizerBase,
         train: Source,
-        valid: Source | None = None,
         episodes: int,
         rollout_batch: int,
         minibatch: int,
         epochs: int = 1,
         max_prompt_tokens: int,
-        valid_batch_size: int | None = None,
         pretraining: Source | None = None,
         pretraining_batch: int = 0,
         max_pretraining_tokens: int | None = None,
@@ -78,9 +74,7 @@ class ExperienceData(PromptData):
         super().__init__(
             tokenizer=tokenizer,
             train=train,
-            valid=valid,
             batch_size=rollout_batch,
-            valid_batch_size=valid_batch_size,
             max_prompt_tokens=max_prompt_tokens,
             seed=seed,
         )

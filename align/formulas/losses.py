@@ -202,7 +202,7 @@ def clipped_value_loss(
     near = torch.clamp(values, old_values - clip, old_values + clip)
     plain = zero_outside(values - returns, mask).square()
     clipped = zero_outside(near - returns, mask).square()
-    stats = {"value_clip_fraction": (clipped > plain).to(plain.dtype).sum() / count}
+    stats = {"clip_fraction": (clipped > plain).to(plain.dtype).sum() / count}
     return 0.5 * torch.maximum(plain, clipped).sum() / count, stats
 
 

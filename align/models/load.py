@@ -146,7 +146,7 @@ def folder_written_whole(folder: str | Path) -> Iterator[Path]:
 def save_model(model: PreTrainedModel | ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Writes model and tokenizer as a Hugging Face folder; an older folder is replaced only when all is written."""
     inner = model.hf if isinstance(model, ScalarModel) else model
-    with folder_written_whole(folder) as fresh:
+    with folder_written_whole(folder) as fresh, _quiet():
         inner.save_pretrained(fresh)
         tokenizer.save_pretrained(fresh)
 
@@ -165,12 +165,18 @@ def _config_without_dropout(path: str) -> PretrainedConfig:
 
 
 def _from_pretrained(factory: Any, path: str, **arguments: Any) -> PreTrainedModel:
-    """`from_pretrained` without its progress bar and its notice of a new head, which here is no news."""
+    with _quiet():
+        return factory.from_pretrained(path, **arguments)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of transformers, and no notice of a new head, which here is no news."""
     bars, verbosity = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
     hf_logging.disable_progress_bar()
     hf_logging.set_verbosity_error()
     try:
-        return factory.from_pretrained(path, **arguments)
+        yield
     finally:
         hf_logging.set_verbosity(verbosity)
         if bars:

@@ -128,6 +128,7 @@ class PPOModule(AlignModule):
         self.value_lr = value_lr
         self.kl_coef = ppo.kl_coef
         self._collecting: Stats = {}
+        self._begun: float | None = None
         self.strict_loading = False  # the frozen models are not in checkpoints
 
     def networks(self) -> Mapping[str, nn.Module]:
@@ -209,7 +210,13 @@ class PPOModule(AlignModule):
             rewards = masked.whiten_keep_mean(rewards, mask)
         advantages, targets = self.estimate_advantages(rewards, passes.values, mask)
         written = float(completions.response_lengths.sum())
-        self._collecting = {
+        since = (
+            {}
+            if self._begun is None
+            else {"speed/episodes_per_second": torch.tensor(len(mask) / (start - self._begun))}
+        )
+        self._begun = start
+        self._collecting = since | {
             "speed/rollout_seconds": torch.tensor(sampled - start),
             "speed/scoring_seconds": torch.tensor(time.perf_counter() - sampled),
             "speed/rollout_tokens_per_second": torch.tensor(written / (sampled - start)),
@@ -296,7 +303,6 @@ class PPOModule(AlignModule):
         mask, lengths = rollout.mask, rollout.completions.response_lengths.float()
         kl = returns.kl_k1(rollout.logprobs, rollout.ref_logprobs)
         k3 = returns.kl_k3(rollout.logprobs, rollout.ref_logprobs)
-        seconds = self._collecting.get("speed/rollout_seconds", torch.tensor(float("nan")))
         return {
             "rollout/score": rollout.scores.mean(),
             "rollout/score_std": rollout.scores.std(correction=0),
@@ -308,7 +314,6 @@ class PPOModule(AlignModule):
             "rollout/response_length": lengths.mean(),
             "rollout/eos_share": rollout.completions.finished.float().mean(),
             "value/explained_variance": losses.explained_variance(rollout.values, rollout.returns, mask),
-            "speed/episodes_per_second": len(mask) / seconds,
             **self._collecting,
         }
 

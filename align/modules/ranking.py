@@ -47,13 +47,13 @@ class RankingMetrics(nn.Module):
 
     def _update_pairs(self, rewards: Tensor, batch: Comparisons, winner: Tensor, loser: Tensor) -> None:
         margin = rewards[winner] - rewards[loser]
-        hits = _better(margin)
+        hits = better(margin)
         self.means["accuracy"].update(hits)
         self.means["accuracy_with_ties"].update(hits)
         self.means["margin"].update(margin)
         self.means["loss"].update(-nn.functional.logsigmoid(margin))
         lengths = batch.response_lengths
-        self.means["accuracy_longer"].update(_better((lengths[winner] - lengths[loser]).float()))
+        self.means["accuracy_longer"].update(better((lengths[winner] - lengths[loser]).float()))
         # A pair is put to the calibration once, the way round in which its rows stand, so that both answers occur.
         forwards = winner < loser
         chance = torch.where(forwards, margin, -margin).sigmoid()
@@ -81,6 +81,6 @@ class RankingMetrics(nn.Module):
         self.labelers = {}
 
 
-def _better(difference: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
+def better(difference: Float[Tensor, " pairs"]) -> Float[Tensor, " pairs"]:
     """1 where positive, 0 where negative, a half where neither."""
     return (difference.sign() + 1.0) / 2.0

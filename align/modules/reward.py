@@ -12,7 +12,7 @@ from align.formulas import losses
 from align.models import forward
 from align.models.heads import ScalarModel
 from align.modules.base import AlignModule, Stats
-from align.modules.ranking import RankingMetrics
+from align.modules.ranking import RankingMetrics, better
 from align.optim import Optim
 from align.types import Comparisons, Sequences
 
@@ -63,7 +63,7 @@ class RewardModule(AlignModule):
         """One optimizer step on the comparisons of one batch of prompts."""
         stats = self.accumulate(self.losses(batch)) | self.step()
         self.report(stats, tokens=int(batch.lengths.sum()), bar=("train/loss", "train/accuracy"))
-        return {"metrics": stats}
+        return {"metrics": stats, "rollout": None}
 
     def losses(self, batch: Comparisons) -> Iterator[tuple[Tensor, Stats]]:
         """The batch's loss in micro-batches of whole prompts, each divided by the prompts of the whole batch."""
@@ -75,7 +75,7 @@ class RewardModule(AlignModule):
             own = losses.preference_pairs(part.scores, part.prompt_index)
             loss = losses.ranking_loss(rewards, own, self.pair_weights(own, prompts))
             margin = (rewards[own.winner] - rewards[own.loser]).detach()
-            hits = (margin > 0).sum() / count
+            hits = better(margin).sum() / count
             yield loss, {"train/loss": loss.detach(), "train/accuracy": hits, "train/margin": margin.sum() / count}
 
     def rewards(self, ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
@@ -92,7 +92,8 @@ class RewardModule(AlignModule):
 
     def on_validation_epoch_end(self) -> None:
         """Logs what `RankingMetrics` found."""
-        self.log_dict({f"valid/{name}": value for name, value in self.ranking.compute().items()}, prog_bar=True)
+        for name, value in self.ranking.compute().items():
+            self.log(f"valid/{name}", value, prog_bar=name in ("accuracy", "accuracy_longer"))
         self.ranking.reset()
 
     @torch.no_grad()

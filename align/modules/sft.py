@@ -51,7 +51,7 @@ class SFTModule(AlignModule):
         """One optimizer step on one batch of demonstrations."""
         stats = self.accumulate(self.losses(batch)) | self.step()
         self.report(stats, tokens=int(batch.lengths.sum()), bar=("train/loss",))
-        return {"metrics": stats}
+        return {"metrics": stats, "rollout": None}
 
     def losses(self, batch: Sequences) -> Iterator[tuple[Tensor, Stats]]:
         """The batch's loss in micro-batches, each divided by the tokens of the whole batch."""

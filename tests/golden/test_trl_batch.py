@@ -165,7 +165,7 @@ def test_losses_and_stats(number: int) -> None:
     assert_same(value, micro(number, "vf_loss"))
     assert_same(policy + CONFIG["vf_coef"] * value, micro(number, "loss"))
     assert_same(stats["clip_fraction"], micro(number, "pg_clipfrac"))
-    assert_same(value_stats["value_clip_fraction"], micro(number, "vf_clipfrac"))
+    assert_same(value_stats["clip_fraction"], micro(number, "vf_clipfrac"))
     # TRL averages these two over padding as well, where log-ratio is 0 and ratio 1.
     assert_same(stats["approx_kl"] * tokens / mask.numel(), micro(number, "approxkl"))
     padding = mask.numel() - tokens

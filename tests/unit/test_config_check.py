@@ -103,6 +103,7 @@ def test_a_missing_argument(folder: Path) -> None:
         (f"data={{_target_: {HERE}.Loud}}", "data: expected LightningDataModule, got a Loud"),
         ("seed=true", "seed: expected int, got bool True"),
         ("loggers.csv=1", "loggers.csv: expected bool, got int 1"),
+        ("trainer.precision=bf16-true", "trainer.precision: got bf16-true, which would convert data as well"),
         ("loggers.wandb={projct: a}", "loggers.wandb.projct: unknown argument of wandb.init; did you mean 'project'?"),
     ],
 )

@@ -120,10 +120,10 @@ def test_value_losses() -> None:
     loss, stats = clipped_value_loss(values, OLD_VALUES, RETURNS, WHOLE, clip=0.2, count=4)
     assert_close(loss, tensor(0.087098), rtol=1e-5, atol=5e-7)
     # V = (.6, .1, .2, .7), clipped (.3, .1, .2, .6): the clipped error is larger at the first and the last token.
-    assert_close(stats["value_clip_fraction"], tensor(0.5))
+    assert_close(stats["clip_fraction"], tensor(0.5))
     # Past the clip range but away from R, the clipped error is the smaller one.
     _, stats = clipped_value_loss(-values, OLD_VALUES, RETURNS, WHOLE, clip=0.2, count=4)
-    assert stats["value_clip_fraction"] == 0.0
+    assert stats["clip_fraction"] == 0.0
     # Unclipped: ½ · (.0422625² + .56975² + .495² + 0²) / 4.
     loss, stats = value_loss(values, RETURNS, WHOLE, count=4)
     assert_close(loss, tensor(0.07142827), rtol=1e-6, atol=0)
