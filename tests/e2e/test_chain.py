@@ -1,18 +1,17 @@
-"""The whole chain through its commands and shipped YAMLs, cut short: data, base, SFT, samples, labels, reward, PPO, table."""
+"""The whole chain through its commands and shipped YAMLs, cut short: from data to the table."""
 
 import csv
 import gzip
 import json
 import shutil
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from tools.e2e import label, prepare
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from align import evaluate, fit, sample
+from tools.e2e import label, prepare
 
 REPOSITORY = Path(__file__).parents[2]
 QUIET = ["loggers.wandb=false", "trainer.enable_progress_bar=false"]
@@ -25,9 +24,8 @@ def run(main: object, *words: str) -> None:
 
 
 def rows(path: Path) -> list[dict[str, object]]:
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else open(path)
-    with opened as file:
-        return [json.loads(line) for line in file]
+    raw = path.read_bytes()
+    return [json.loads(line) for line in (gzip.decompress(raw) if path.suffix == ".gz" else raw).splitlines()]
 
 
 def keep_first(path: Path, count: int) -> None:
