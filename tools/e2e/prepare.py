@@ -22,15 +22,13 @@ from transformers.utils import logging
 
 from align.seeds import derive, forked
 from tools.e2e.files import DATA, read_rows, write_rows
-from tools.e2e.instructions import check_row, describe_prompt, describe_row, question_row, slots_to_ask
+from tools.e2e.instructions import describe_prompt, describe_row, question_row, slots_to_ask
 from tools.e2e.rankings import convert, split
 from tools.e2e.sheets import SPLITS, normalise
 
 VOCABULARY = 1024
 QUESTION_SHARE = 0.2
-"""Of the descriptions and questions; half of the questions have no answer in the sheet."""
-CHECKS_A_TEXT = 0.25
-"""Texts to find a fault in, for each description."""
+"""Of the demonstrations; half of them have no answer in the sheet."""
 PROMPT_QUESTION_SHARE = 0.15
 TEST_QUESTIONS = 200
 """Of each kind, enough for a standard error of 3.5 points at worst."""
@@ -48,12 +46,11 @@ def human_texts(name: str) -> list[tuple[str, str]]:
 
 
 def demonstrations(texts: Sequence[tuple[str, str]], seed: int) -> list[Row]:
-    """Every human text as a description, with questions and texts to check mixed in, in random order."""
+    """Every human text as a description, with questions about the same sheets mixed in, in random order."""
     draw = random.Random(seed)
     rows = [describe_row(sheet, text, draw) for sheet, text in texts]
     wanted = round(len(rows) * QUESTION_SHARE / (1 - QUESTION_SHARE))
     rows += questions([sheet for sheet, _ in texts], wanted, draw)
-    rows += [check_row(*draw.choice(texts), draw) for _ in range(round(len(texts) * CHECKS_A_TEXT))]
     draw.shuffle(rows)
     return rows
 
@@ -188,8 +185,6 @@ def tables(seed: int) -> dict[str, list[Row]]:
         if name != "test":
             written[f"pretraining.{name}"] = [{"text": text} for _, text in texts[name]]
         written[f"demonstrations.{name}"] = demonstrations(texts[name], derive(seed, f"e2e demonstrations {name}"))
-        if name == "test":
-            written["human.test"] = [row for row in written["demonstrations.test"] if row["category"] == "describe"]
         count = 2 * TEST_QUESTIONS if name == "test" else None
         written[f"prompts.{name}"] = prompts(asked[name], count, derive(seed, f"e2e prompts {name}"))
     return written
