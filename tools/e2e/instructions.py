@@ -31,7 +31,6 @@ QUESTIONS: Mapping[str, str] = {
 """One wording a slot; the name is never asked for, as every sheet gives it."""
 
 NOT_STATED = "That is not stated."
-CATEGORIES = ("describe", "question", "unanswerable")
 
 _SLOT_ASKED = {question: slot for slot, question in QUESTIONS.items()}
 _SAYS_NOT_STATED = re.compile(r"\bnot (?:stated|said|given|known|mentioned|specified|clear)\b", re.IGNORECASE)

@@ -185,6 +185,8 @@ def tables(seed: int) -> dict[str, list[Row]]:
         if name != "test":
             written[f"pretraining.{name}"] = [{"text": text} for _, text in texts[name]]
         written[f"demonstrations.{name}"] = demonstrations(texts[name], derive(seed, f"e2e demonstrations {name}"))
+        if name == "test":
+            written["human.test"] = [row for row in written["demonstrations.test"] if row["category"] == "describe"]
         count = 2 * TEST_QUESTIONS if name == "test" else None
         written[f"prompts.{name}"] = prompts(asked[name], count, derive(seed, f"e2e prompts {name}"))
     return written
