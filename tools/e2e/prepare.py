@@ -22,13 +22,15 @@ from transformers.utils import logging
 
 from align.seeds import derive, forked
 from tools.e2e.files import DATA, read_rows, write_rows
-from tools.e2e.instructions import describe_prompt, describe_row, question_row, slots_to_ask
+from tools.e2e.instructions import check_row, describe_prompt, describe_row, question_row, slots_to_ask
 from tools.e2e.rankings import convert, split
 from tools.e2e.sheets import SPLITS, normalise
 
 VOCABULARY = 1024
 QUESTION_SHARE = 0.2
-"""Of the demonstrations; half of them have no answer in the sheet."""
+"""Of the descriptions and questions; half of the questions have no answer in the sheet."""
+CHECKS_A_TEXT = 0.25
+"""Texts to find a fault in, for each description."""
 PROMPT_QUESTION_SHARE = 0.15
 TEST_QUESTIONS = 200
 """Of each kind, enough for a standard error of 3.5 points at worst."""
@@ -46,11 +48,12 @@ def human_texts(name: str) -> list[tuple[str, str]]:
 
 
 def demonstrations(texts: Sequence[tuple[str, str]], seed: int) -> list[Row]:
-    """Every human text as a description, with questions about the same sheets mixed in, in random order."""
+    """Every human text as a description, with questions and texts to check mixed in, in random order."""
     draw = random.Random(seed)
     rows = [describe_row(sheet, text, draw) for sheet, text in texts]
     wanted = round(len(rows) * QUESTION_SHARE / (1 - QUESTION_SHARE))
     rows += questions([sheet for sheet, _ in texts], wanted, draw)
+    rows += [check_row(*draw.choice(texts), draw) for _ in range(round(len(texts) * CHECKS_A_TEXT))]
     draw.shuffle(rows)
     return rows
 
