@@ -327,7 +327,10 @@ def test_prompts_are_distinct_and_mixed_as_stated(tables: dict[str, list[dict[st
         asked = [row["prompt"] for row in tables[f"prompts.{name}"]]
         assert len(asked) == len(set(asked))
         kinds = [row["category"] for row in tables[f"demonstrations.{name}"]]
-        assert kinds.count("describe") / len(kinds) == pytest.approx(0.8, abs=1e-3)
+        asked_for = kinds.count("question") + kinds.count("unanswerable")
+        assert asked_for / kinds.count("describe") == pytest.approx(0.25, abs=1e-3)
+        checks = prepare.CHECKS_A_TEXT if name == "train" else 0.0
+        assert kinds.count("check") / kinds.count("describe") == pytest.approx(checks, abs=1e-3)
     kinds = [row["category"] for row in tables["prompts.test"]]
     assert kinds.count("question") == kinds.count("unanswerable") == prepare.TEST_QUESTIONS
     assert all(row["references"] for row in tables["prompts.test"])
@@ -335,6 +338,28 @@ def test_prompts_are_distinct_and_mixed_as_stated(tables: dict[str, list[dict[st
         prepare.distinct_questions([SHEET, "name: Zizzi"], 20, random.Random(0))
     with pytest.raises(ValueError, match="'unanswerable'"):
         prepare.questions([SHEET], 2, random.Random(0))
+
+
+def test_texts_to_check_have_the_fault_that_is_named():
+    named = set()
+    for number in range(200):
+        row = instructions.check_row(SHEET, RIGHT, random.Random(number))
+        first, instruction, text, rest = row["prompt"].split("\n")
+        assert (first, instruction, text, rest) == (row["sheet"], instructions.CHECK, RIGHT, "")
+        found = facts.check(row["sheet"], text)
+        if row["response"] == instructions.NOTHING_WRONG:
+            assert (row["sheet"], found.wrong, found.missing) == (SHEET, (), ())
+        else:
+            slot = row["response"].removeprefix("The ").removesuffix(" is wrong.")
+            assert slot in found.wrong and sheets.parse(SHEET)[slot] != sheets.parse(row["sheet"])[slot]
+            named.add(slot)
+    assert len(named) >= 5
+
+
+def test_a_text_leaves_out_what_only_its_sheet_says():
+    sheet, text = "name: The Mill | eat type: pub", "The Mill is a pub."
+    responses = {instructions.check_row(sheet, text, random.Random(n))["response"] for n in range(200)}
+    assert {"The food is left out.", "The area is left out.", "The eat type is wrong."} < responses
 
 
 def test_converted_rankings_keep_the_order():

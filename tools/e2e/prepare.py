@@ -29,7 +29,7 @@ from tools.e2e.sheets import SPLITS, normalise
 VOCABULARY = 1024
 QUESTION_SHARE = 0.2
 """Of the descriptions and questions; half of the questions have no answer in the sheet."""
-CHECKS_A_TEXT = 0.25
+CHECKS_A_TEXT = 0.15
 """Texts to find a fault in, for each description."""
 PROMPT_QUESTION_SHARE = 0.15
 TEST_QUESTIONS = 200
@@ -47,13 +47,13 @@ def human_texts(name: str) -> list[tuple[str, str]]:
     return [(normalise(row["prompt"]), re.sub(r"(?<=\w) ?n ?'t\b", "n't", row["response"]).strip()) for row in rows]
 
 
-def demonstrations(texts: Sequence[tuple[str, str]], seed: int) -> list[Row]:
-    """Every human text as a description, with questions and texts to check mixed in, in random order."""
+def demonstrations(texts: Sequence[tuple[str, str]], seed: int, checks: int = 0) -> list[Row]:
+    """Every human text as a description, with questions and `checks` texts to check mixed in, in random order."""
     draw = random.Random(seed)
     rows = [describe_row(sheet, text, draw) for sheet, text in texts]
     wanted = round(len(rows) * QUESTION_SHARE / (1 - QUESTION_SHARE))
     rows += questions([sheet for sheet, _ in texts], wanted, draw)
-    rows += [check_row(*draw.choice(texts), draw) for _ in range(round(len(texts) * CHECKS_A_TEXT))]
+    rows += [check_row(*draw.choice(texts), draw) for _ in range(checks)]
     draw.shuffle(rows)
     return rows
 
@@ -187,7 +187,10 @@ def tables(seed: int) -> dict[str, list[Row]]:
     for name in SPLITS:
         if name != "test":
             written[f"pretraining.{name}"] = [{"text": text} for _, text in texts[name]]
-        written[f"demonstrations.{name}"] = demonstrations(texts[name], derive(seed, f"e2e demonstrations {name}"))
+        # Texts to check are for training only: their sheets are made up, and must not be another split's.
+        checks = round(len(texts[name]) * CHECKS_A_TEXT) if name == "train" else 0
+        drawn = derive(seed, f"e2e demonstrations {name}")
+        written[f"demonstrations.{name}"] = demonstrations(texts[name], drawn, checks)
         if name == "test":
             written["human.test"] = [row for row in written["demonstrations.test"] if row["category"] == "describe"]
         count = 2 * TEST_QUESTIONS if name == "test" else None

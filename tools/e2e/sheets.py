@@ -44,6 +44,13 @@ def parse(sheet: str) -> Mapping[str, str]:
 
 
 @functools.cache
+def known_sheets() -> frozenset[str]:
+    """Every sheet of the data, of all splits."""
+    files = [DATA / f"demonstrations.{split}.jsonl.gz" for split in SPLITS]
+    return frozenset(normalise(row["prompt"]) for file in files for row in read_rows(file))
+
+
+@functools.cache
 def known_values() -> Mapping[str, tuple[str, ...]]:
     """Every value each slot has anywhere in the data, sorted."""
     values: dict[str, set[str]] = {slot: set() for slot in SLOTS}
