@@ -107,7 +107,7 @@ def _run(copy: Path, tests: str) -> None:
         os.dup2(nowhere.fileno(), 1)
         os.dup2(nowhere.fileno(), 2)
     os.environ["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"
-    os._exit(pytest.main(["-q", "-x", "-n0", "--assert=plain", "-p", "no:cacheprovider", tests]))
+    os._exit(pytest.main(["-q", "-x", "-o", "addopts=", "--assert=plain", "-p", "no:cacheprovider", tests]))
 
 
 def main() -> int:
