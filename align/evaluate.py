@@ -347,7 +347,7 @@ class Measuring:
     def _load(self, name: str) -> PreTrainedModel:
         node = {TARGET: "align.models.load.load_causal_lm", "path": self.plan.models[name], "dtype": self.plan.dtype}
         model: PreTrainedModel = build(node, f"models.{name}")
-        frozen(model).to(default_device())
+        frozen(model).to(default_device())  # type: ignore[arg-type]
         return model
 
     def _summed(

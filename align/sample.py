@@ -118,7 +118,7 @@ def sample(path: str, overrides: Sequence[str]) -> None:
     plan = Sampling(**build(read_checked(path, overrides, Sampling)))
     rows = read_source(plan.prompts)[: plan.limit]
     prompts = encode_prompts(plan.tokenizer, rows, plan.max_prompt_tokens)
-    frozen(plan.model).to(default_device())
+    frozen(plan.model).to(default_device())  # type: ignore[arg-type]
     count = len(prompts.rows)
     with progress(f"{plan.k} answers a prompt", count * plan.k, "answers") as advance:
         repeated = prompts.rows_at(torch.arange(count).repeat_interleave(plan.k))

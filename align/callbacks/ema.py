@@ -57,7 +57,7 @@ class EMA(L.Callback):
         """Writes the average as a Hugging Face folder."""
         assert isinstance(pl_module, AlignModule) and self.average is not None
         if trainer.is_global_zero:
-            save_model(self.average.module, pl_module.tokenizer, Path(trainer.default_root_dir) / "hf-ema")
+            save_model(self.average.module, pl_module.tokenizer, Path(trainer.default_root_dir) / "hf-ema")  # type: ignore[arg-type]
 
     def state_dict(self) -> dict[str, Any]:
         """The average, for checkpoints."""

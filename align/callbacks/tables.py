@@ -1,6 +1,6 @@
 """Texts to read while training: what the model answers to fixed prompts, and what PPO's rollouts look like.
 
-Both append JSON lines to a file in the run's folder and log a table to loggers that take one (W&B).
+Both append JSON lines to a file in the run's folder and log a table to W&B.
 """
 
 import json
@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import WandbLogger
 from transformers import PreTrainedTokenizerBase
 
 from align import seeds
@@ -104,12 +105,12 @@ def response_texts(tokenizer: PreTrainedTokenizerBase, completions: Completions)
 
 
 def write_table(trainer: L.Trainer, name: str, entries: list[dict[str, Any]], columns: Sequence[str]) -> None:
-    """Appends the entries to `name`.jsonl in the run's folder, and logs the columns to loggers that take tables."""
+    """Appends the entries to `name`.jsonl in the run's folder, and logs the columns to W&B as a table."""
     if not trainer.is_global_zero:
         return
     with open(Path(trainer.default_root_dir) / f"{name}.jsonl", "a", encoding="utf-8") as file:
         file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries)
     for logger in trainer.loggers:
-        if hasattr(logger, "log_table"):
+        if isinstance(logger, WandbLogger):
             data = [[entry.get(column) for column in columns] for entry in entries]
             logger.log_table(key=name, columns=list(columns), data=data, step=trainer.global_step)

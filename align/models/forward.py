@@ -146,7 +146,7 @@ def _hidden(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Float[Ten
 
 
 def _scalar(model: ScalarModel, hidden: Float[Tensor, "places d"]) -> Float[Tensor, " places"]:
-    return model.hf.score(hidden)[:, 0].float() - model.bias
+    return model.head(hidden)[:, 0].float() - model.bias
 
 
 def _over_logits(
@@ -159,7 +159,7 @@ def _over_logits(
     """`function(logits, targets)` of the scored tokens, computing no other logits where the model allows it."""
     targets = ids[:, 1:][mask[:, 1:]]
     if _has_plain_head(model):
-        head, inputs = model.get_output_embeddings(), _hidden(model, ids)[:, :-1][mask[:, 1:]]
+        head, inputs = _unembedding(model), _hidden(model, ids)[:, :-1][mask[:, 1:]]
     else:
         head, inputs = nn.Identity(), model(input_ids=ids, use_cache=False).logits[:, :-1][mask[:, 1:]]
 
@@ -203,5 +203,11 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
         with torch.no_grad(), evaluating(model):
             hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
             whole = model(input_ids=ids, use_cache=False).logits
-            _plain_heads[model] = torch.equal(model.get_output_embeddings()(hidden), whole)
+            _plain_heads[model] = torch.equal(_unembedding(model)(hidden), whole)
     return _plain_heads[model]
+
+
+def _unembedding(model: PreTrainedModel) -> nn.Module:
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Module), f"{type(model).__name__} is no language model"
+    return head

@@ -24,6 +24,12 @@ class ScalarModel(nn.Module):
         self.hf = hf
 
     @property
+    def head(self) -> nn.Linear:
+        """The projection from a hidden state to one number."""
+        assert isinstance(self.hf.score, nn.Linear)
+        return self.hf.score
+
+    @property
     def bias(self) -> float:
         """The constant subtracted from every output: the mean reward of the labelers' demonstrations."""
         return float(getattr(self.hf.config, "reward_bias", 0.0))

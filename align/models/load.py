@@ -11,7 +11,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -99,7 +99,7 @@ def load_scalar_model(
     config.num_labels = 1
     model = _from_pretrained(AutoModelForSequenceClassification, path, config=config, dtype=getattr(torch, dtype))
     if not trained:
-        initialise_head(model.score, seeds.generator(seed, "head"))
+        initialise_head(ScalarModel(model).head, seeds.generator(seed, "head"))
     return ScalarModel(_ready(model, gradient_checkpointing))
 
 
@@ -151,7 +151,10 @@ def save_model(model: PreTrainedModel | ScalarModel, tokenizer: PreTrainedTokeni
         tokenizer.save_pretrained(fresh)
 
 
-def frozen(model: nn.Module) -> nn.Module:
+AnyModel = TypeVar("AnyModel", bound=nn.Module)
+
+
+def frozen(model: AnyModel) -> AnyModel:
     """The model, never trained: no gradients, evaluation mode."""
     return model.requires_grad_(False).eval()
 

@@ -43,17 +43,17 @@ class RankingMetrics(nn.Module):
         ties = same_prompt & (batch.scores[:, None] == batch.scores[None, :])
         tied_pairs = int(ties.triu(1).sum())
         if tied_pairs:
-            self.means["accuracy_with_ties"].update(torch.full((tied_pairs,), 0.5))
+            self._count("accuracy_with_ties", torch.full((tied_pairs,), 0.5))
 
     def _update_pairs(self, rewards: Tensor, batch: Comparisons, winner: Tensor, loser: Tensor) -> None:
         margin = rewards[winner] - rewards[loser]
         hits = better(margin)
-        self.means["accuracy"].update(hits)
-        self.means["accuracy_with_ties"].update(hits)
-        self.means["margin"].update(margin)
-        self.means["loss"].update(-nn.functional.logsigmoid(margin))
+        self._count("accuracy", hits)
+        self._count("accuracy_with_ties", hits)
+        self._count("margin", margin)
+        self._count("loss", -nn.functional.logsigmoid(margin))
         lengths = batch.response_lengths
-        self.means["accuracy_longer"].update(better((lengths[winner] - lengths[loser]).float()))
+        self._count("accuracy_longer", better((lengths[winner] - lengths[loser]).float()))
         # A pair is put to the calibration once, the way round in which its rows stand, so that both answers occur.
         forwards = winner < loser
         chance = torch.where(forwards, margin, -margin).sigmoid()
@@ -64,6 +64,11 @@ class RankingMetrics(nn.Module):
                 self.labelers[name] = MeanMetric().to(rewards.device)
             own = torch.tensor([labeler == name for labeler in named], device=rewards.device)
             self.labelers[name].update(hits[own])
+
+    def _count(self, name: str, values: Tensor) -> None:
+        metric = self.means[name]
+        assert isinstance(metric, MeanMetric)
+        metric.update(values)
 
     def compute(self) -> dict[str, Tensor]:
         """The metrics by name; only those of which there was something to count."""
