@@ -54,7 +54,11 @@ def test_rows_in_memory_and_several_paths_one_after_another(tmp_path):
         ("x.jsonl", b'{"a": 1}\n\n[1, 2]\n', r"x\.jsonl:3: expected a JSON object .* got list"),
         ("x.jsonl", b'{"a": 1}\n{"a": "\xff"}\n', r"x\.jsonl:2: not UTF-8 text: .* at byte 8"),
         ("x.jsonl.gz", b'{"a": 1}\n', r"x\.jsonl\.gz: after line 0: damaged or not a gzip file"),
-        ("x.jsonl.gz", gzip.compress(b'{"a": 1}\n', mtime=0)[:-9], r"x\.jsonl\.gz: after line \d: damaged or not a gzip file"),
+        (
+            "x.jsonl.gz",
+            gzip.compress(b'{"a": 1}\n', mtime=0)[:-9],
+            r"x\.jsonl\.gz: after line \d: damaged or not a gzip file",
+        ),
     ],
 )
 def test_a_bad_line_is_named(tmp_path, name, content, message):
