@@ -43,8 +43,8 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class DecodeSampler:
-    """Decodes batches of prompts step by step with transformers' cache; finished sequences leave the batch.
+class BatchSampler:
+    """What both engines share: prompts of like length are answered together.
 
     Attributes:
         max_new_tokens: A response without EOS is cut at this many tokens.
@@ -64,6 +64,14 @@ class DecodeSampler:
     def __call__(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
         """See `Sampler`."""
         return _in_batches(self._answer, policy, prompts, self.batch_size)
+
+    def _answer(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
+        raise NotImplementedError(f"{type(self).__name__} must answer a batch of prompts")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecodeSampler(BatchSampler):
+    """Decodes batches of prompts step by step with transformers' cache; finished sequences leave the batch."""
 
     def _answer(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
         ids, seen = _left_padded(prompts)
@@ -94,27 +102,8 @@ class DecodeSampler:
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateSampler:
-    """transformers' `generate`. Every row costs until the batch's last one is finished.
-
-    Attributes:
-        max_new_tokens: A response without EOS is cut at this many tokens.
-        temperature: See `Sampler`.
-        batch_size: Prompts decoded together.
-    """
-
-    max_new_tokens: int
-    temperature: float = 1.0
-    batch_size: int = 256
-
-    @classmethod
-    def config_errors(cls, arguments: dict[str, object]) -> list[str]:
-        """What is wrong with these constructor arguments, in words."""
-        return _sizes_wrong(arguments)
-
-    def __call__(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
-        """See `Sampler`."""
-        return _in_batches(self._answer, policy, prompts, self.batch_size)
+class GenerateSampler(BatchSampler):
+    """transformers' `generate`. Every row costs until the batch's last one is finished."""
 
     def _answer(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
         ids, seen = _left_padded(prompts)
