@@ -50,6 +50,9 @@ TRAINER_REMEDIES: Mapping[str, str] = {
 }
 """Trainer arguments that do nothing or raise under manual optimisation, or that `fit` itself sets."""
 
+AUTO = "auto"
+"""As `trainer.precision`: what is fastest on the machine at hand (`align.precision`)."""
+
 ONE_PROCESS: Mapping[str, Collection[Any]] = {"devices": (1, "1", "auto"), "num_nodes": (1,)}
 
 
@@ -247,8 +250,10 @@ class _Checker:
                 self.errors.append(f"trainer.{key}: this version trains in one process, expected 1, got {got}")
         left = {key: value for key, value in values.items() if key not in (*TRAINER_REMEDIES, *ONE_PROCESS)}
         known = {key: value for key, value in parameters.items() if key not in TRAINER_REMEDIES}
-        self.bind("argument of the Trainer", known, left, "trainer")
         precision = values.get("precision")
+        if precision == AUTO:
+            del left["precision"]
+        self.bind("argument of the Trainer", known, left, "trainer")
         if isinstance(precision, str) and precision.endswith("-true") and precision != "32-true":
             remedy = "use 16-mixed or bf16-mixed, or set dtype: bfloat16 where a model is loaded"
             self.errors.append(f"trainer.precision: got {precision}, which would convert data as well; {remedy}")

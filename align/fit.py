@@ -19,8 +19,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from align import cli, loggers
-from align.config import ConfigError, build, check, read
+from align import cli, loggers, precision
+from align.config import AUTO, ConfigError, build, check, read
 from align.models.load import folder_written_whole
 
 PROG = "python -m align.fit"
@@ -96,7 +96,7 @@ def fit(path: str, overrides: Sequence[str]) -> None:
         data, module = build_parts(config)
         with loggers.opened(build(config.get("loggers") or {}, "loggers"), run_dir, _plain(config)) as opened:
             trainer = build_trainer(config, run_dir, opened)
-            print(f"{run_dir}: {_size(module)} on {trainer.strategy.root_device}", flush=True)
+            print(f"{run_dir}: {_size(module)} on {trainer.strategy.root_device}, {trainer.precision}", flush=True)
             trainer.fit(module, datamodule=data)
         export(module, run_dir / "hf")
     took = _duration(time.monotonic() - start)
@@ -116,6 +116,8 @@ def build_trainer(config: DictConfig, run_dir: Path, opened: list[Logger]) -> Tr
     arguments = {**TRAINER_DEFAULTS, **build(config.trainer, "trainer")}
     if arguments["devices"] == "auto":
         arguments["devices"] = 1
+    if arguments.get("precision") == AUTO:
+        arguments["precision"] = precision.fastest(arguments.get("accelerator", "auto"))
     callbacks = [item for item in build(config.get("callbacks") or {}, "callbacks").values() if item is not None]
     shows_progress = any(isinstance(item, ProgressBar) for item in callbacks)
     if not shows_progress and arguments.get("enable_progress_bar", True) is not False:

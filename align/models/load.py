@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from align import seeds
+from align.models.attention import use_attend
 from align.models.heads import ScalarModel, initialise_head
 from align.paths import ModelPath
 
@@ -169,7 +170,9 @@ def _config_without_dropout(path: str) -> PretrainedConfig:
 
 def _from_pretrained(factory: Any, path: str, **arguments: Any) -> PreTrainedModel:
     with _quiet():
-        return factory.from_pretrained(path, **arguments)
+        model = factory.from_pretrained(path, **arguments)
+    use_attend(model)
+    return model
 
 
 @contextlib.contextmanager

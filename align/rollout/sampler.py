@@ -130,7 +130,11 @@ def draw(logits: Float[Tensor, "batch vocab"], temperature: float) -> Int[Tensor
     """One token a row from softmax(logits / temperature); the likeliest at temperature 0."""
     if temperature == 0.0:
         return logits.argmax(-1)
-    return torch.multinomial((logits / temperature).softmax(-1), 1)[:, 0]
+    # One uniform number a row, where torch.multinomial draws one for each token of the vocabulary; in float64, to add
+    # up a large vocabulary exactly enough. A token of probability 0 covers no part of the line and is never hit.
+    reached = (logits / temperature).softmax(-1).double().cumsum(-1)
+    point = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * reached[:, -1:]
+    return torch.searchsorted(reached, point, right=True)[:, 0].clamp_max(logits.shape[1] - 1)
 
 
 @dataclass

@@ -217,6 +217,8 @@ def test_trainer_arguments(folder: Path, override: str, expected: str) -> None:
     assert only_error(override).startswith(expected)
 
 
-@pytest.mark.parametrize("override", ["trainer.devices=1", "trainer.devices=auto", "trainer.precision=bf16-mixed"])
+@pytest.mark.parametrize(
+    "override", ["trainer.devices=1", "trainer.devices=auto", "trainer.precision=bf16-mixed", "trainer.precision=auto"]
+)
 def test_trainer_arguments_that_are_fine(folder: Path, override: str) -> None:
     assert errors_of(override) == []

@@ -14,6 +14,7 @@ from align.callbacks.kl import AdaptiveKL
 from align.callbacks.tables import RolloutTable, SampleTable
 from align.data.experience import ExperienceData
 from align.formulas.returns import adaptive_kl
+from align.models.attention import use_attend
 from align.models.heads import ScalarModel
 from align.modules.ppo import PPO, PPOModule
 from align.optim import Optim
@@ -40,7 +41,7 @@ class Collecting(PPOModule):
 def module(kind: type[PPOModule] = Collecting, micro_batch_tokens: int = 40, lr: float = 1e-3, **ppo: Any) -> PPOModule:
     return kind(
         policy=tiny.llama(initializer_range=0.1), value=tiny.scalar_model(1), reward=tiny.scalar_model(2),
-        sampler=DecodeSampler(max_new_tokens=6, temperature=0.7), tokenizer=tiny.tokenizer(), ppo=PPO(**ppo),
+        sampler=DecodeSampler(max_new_tokens=9, temperature=0.7), tokenizer=tiny.tokenizer(), ppo=PPO(**ppo),
         optim=Optim(lr=lr, max_grad_norm=0.0), micro_batch_tokens=micro_batch_tokens,
     )  # fmt: skip
 
@@ -66,6 +67,16 @@ def test_first_ratio_is_exactly_one_and_kl_exactly_zero(run: tuple[Collecting, P
     assert batch.fresh is not None and torch.equal(batch.fresh.logprobs, batch.fresh.ref_logprobs)
     assert tiny.logged(folder, "rollout/kl") == [0.0, 0.0] == tiny.logged(folder, "rollout/kl_k3")
     assert all(abs(float(stats["policy/ratio_max"]) - 1.0) < 1e-4 for _, stats in ppo.seen)  # lr 0: nothing moves
+
+
+def test_first_ratio_is_exactly_one_in_bfloat16_too(tmp_path: Path) -> None:
+    ppo = module()
+    for model in (ppo.policy, ppo.reference):
+        use_attend(model)
+    tiny.fit(ppo, data(), tmp_path, precision="bf16-mixed")
+    batch, metrics = ppo.seen[0]  # type: ignore[attr-defined]
+    assert float(metrics["policy/ratio_max"]) == 1.0 and float(metrics["policy/approx_kl"]) == 0.0
+    assert batch.fresh is not None and torch.equal(batch.fresh.logprobs, batch.fresh.ref_logprobs)
 
 
 def test_one_minibatch_is_one_optimizer_step(run: tuple[Collecting, Path]) -> None:
@@ -94,7 +105,7 @@ def test_scores_are_the_reward_models_on_the_whole_text(run: tuple[Collecting, P
 
 
 def test_nothing_is_kept_outside_the_response(run: tuple[Collecting, Path]) -> None:
-    rollout = run[0].seen[0][0].fresh
+    rollout = run[0].seen[4][0].fresh  # the second one, in which some responses end early
     assert rollout is not None and not rollout.mask.all()
     for name in ("logprobs", "ref_logprobs", "values", "entropies", "rewards", "advantages", "returns"):
         assert not getattr(rollout, name)[~rollout.mask].any(), name
