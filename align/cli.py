@@ -7,14 +7,15 @@ import argparse
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import TracebackType
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
+from align.atomic import write_text
+from align.checkpoints import CheckpointError
 from align.config import ConfigError
 
 MARK = "# Written by align"
@@ -25,29 +26,32 @@ MISTAKE = 2
 
 
 def run(
-    body: Callable[[str, list[str]], None], argv: Sequence[str] | None, *, prog: str, description: str, epilog: str
+    body: Callable[[str, list[str]], int | None], argv: Sequence[str] | None, *, prog: str, description: str, epilog: str
 ) -> int:
     """Runs a command `PROG CONFIG [key=value ...]` and returns its exit code.
 
     Args:
-        body: Does the work, given the path of the YAML and the overrides.
+        body: Does the work, given the path of the YAML and the overrides; may return an exit code.
         argv: Without the program's name; None takes the process's own.
         prog: As a user types it, such as `python -m align.fit`.
         description: What the command does, for `--help`.
         epilog: Overrides explained and examples, for `--help`.
 
     Returns:
-        0, or 2 after a user's mistake, which has been printed to stderr.
+        What the body returned, 0 for nothing; 2 after a user's mistake, 1 after a failure of the machine, both printed
+        to stderr.
     """
     config, overrides = parse(argv, prog=prog, description=description, epilog=epilog)
     try:
-        body(config, overrides)
+        return body(config, overrides) or 0
+    except CheckpointError as error:
+        _print_mistake(prog, config, error)
+        return 1
     except (ValueError, FileNotFoundError, MisconfigurationException) as error:
         if not is_users_mistake(error):
             raise
         _print_mistake(prog, config, error)
         return MISTAKE
-    return 0
 
 
 def parse(argv: Sequence[str] | None, *, prog: str, description: str, epilog: str) -> tuple[str, list[str]]:
@@ -72,10 +76,14 @@ def is_users_mistake(error: BaseException) -> bool:
     return _module_that_raised(error.__traceback__).partition(".")[0] == "align"
 
 
-def prepare_run_folder(config: DictConfig) -> Path:
+def prepare_run_folder(config: DictConfig, keep: Collection[str] = ()) -> Path:
     """Makes the folder `run_dir` of a checked configuration and writes the resolved configuration into it.
 
     A folder that holds nothing but an earlier `config.yaml` is used again: that run never began.
+
+    Args:
+        config: With `run_dir` and perhaps `overwrite`.
+        keep: Names of files in the folder that do not count and are never deleted.
 
     Raises:
         ConfigError: The folder is in use and `overwrite` is not set, or is not a run's folder, so is not deleted.
@@ -83,31 +91,32 @@ def prepare_run_folder(config: DictConfig) -> Path:
     folder = Path(config.run_dir)
     if folder.exists() and not folder.is_dir():
         raise ConfigError([f"run_dir: {folder} is a file, expected a folder or a name that is free"])
-    if folder.is_dir() and {item.name for item in folder.iterdir()} - ({"config.yaml"} if _is_run(folder) else set()):
+    unimportant = {*keep, "config.yaml"} if is_run(folder) else set(keep)
+    if folder.is_dir() and {item.name for item in folder.iterdir()} - unimportant:
         if not config.get("overwrite", False):
             raise ConfigError([f"run_dir: {folder} exists and is not empty; {_how_to_proceed(folder)}"])
-        _delete(folder)
+        _empty(folder, keep)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        write_config(config, folder)
     except OSError as error:
-        raise ConfigError([f"run_dir: {folder} cannot be made: {error.strerror}"]) from error
-    text = OmegaConf.to_yaml(config, resolve=True)
-    write_atomically(folder / "config.yaml", f"{MARK}: the configuration of this run, references resolved.\n{text}")
+        raise ConfigError([f"run_dir: {folder} cannot be written to: {error.strerror}"]) from error
     return folder
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes a text file under a temporary name and renames it, so that it is never seen half written."""
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(name, 0o644)
-        os.replace(name, path)
-    finally:
-        Path(name).unlink(missing_ok=True)
+def write_config(config: DictConfig, folder: Path) -> None:
+    """Writes the resolved configuration into a run's folder."""
+    text = OmegaConf.to_yaml(config, resolve=True)
+    write_text(folder / "config.yaml", f"{MARK}: the configuration of this run, references resolved.\n{text}")
+
+
+def is_run(folder: Path) -> bool:
+    """Whether align wrote the configuration in a folder."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        return False
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        return lines.readline().startswith(MARK)
 
 
 def _print_mistake(prog: str, config: str, error: Exception) -> None:
@@ -127,31 +136,25 @@ def _module_that_raised(traceback: TracebackType | None) -> str:
     return name
 
 
-def _is_run(folder: Path) -> bool:
-    file = folder / "config.yaml"
-    if not file.is_file():
-        return False
-    with open(file, encoding="utf-8", errors="replace") as lines:
-        return lines.readline().startswith(MARK)
-
-
 def _how_to_proceed(folder: Path) -> str:
-    if _is_run(folder):
+    if is_run(folder):
         return "overwrite=true deletes that run and starts anew, run_dir=... writes elsewhere"
     return "no run of align made it, so choose another with run_dir=..."
 
 
-def _delete(folder: Path) -> None:
-    """Deletes a run's folder, and only that: what is in it must be that run's own."""
+def _empty(folder: Path, keep: Collection[str]) -> None:
+    """Deletes what is in a run's folder, and only that: what is in it must be that run's own."""
     real = folder.resolve()
-    inner = [file.parent for file in real.rglob("config.yaml") if file.parent != real and _is_run(file.parent)]
-    if not _is_run(folder):
+    inner = [file.parent for file in real.rglob("config.yaml") if file.parent != real and is_run(file.parent)]
+    if not is_run(folder):
         reason = "it holds no config.yaml written by align"
     elif inner:
         reason = f"it holds another run, {os.path.relpath(inner[0], real)}"
     elif Path.cwd().is_relative_to(real):
         reason = "it is, or holds, the working directory"
     else:
-        shutil.rmtree(real)
+        for item in real.iterdir():
+            if item.name not in keep:
+                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
         return
     raise ConfigError([f"run_dir: {folder} is not deleted, though overwrite=true: {reason}; choose another run_dir"])

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from inspect import Parameter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
@@ -26,6 +26,7 @@ FIT_KEYS: Mapping[str, Any] = {
     "run_dir": str,
     "seed": int,
     "overwrite": bool,
+    "resume": Literal["auto", "never", "force"],
     "tokenizer": Any,
     "data": LightningDataModule,
     "module": LightningModule,

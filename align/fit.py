@@ -14,14 +14,18 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
-from lightning.pytorch.callbacks import ModelCheckpoint, ProgressBar
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
-from align import cli, loggers, precision
+from align import cli, interrupt, loggers, precision, resume
+from align.atomic import folder_written_whole
+from align.callbacks.checkpoint import Checkpoints
+from align.checkpoints import VerifiedCheckpointIO
 from align.config import AUTO, ConfigError, build, check, read
-from align.models.load import folder_written_whole
+from align.data.base import AlignData
+from align.interrupt import Interrupted
 
 PROG = "python -m align.fit"
 
@@ -32,7 +36,8 @@ The configuration is checked as a whole before anything is loaded; all errors ar
 The run writes one folder, the configuration's run_dir:
   config.yaml    the configuration with all overrides, references resolved
   metrics.csv    everything logged, one row a step
-  checkpoints/   Lightning checkpoints, the newest is last.ckpt
+  checkpoints/   the state of the run at some steps; the same command continues from the newest one
+  finished.json  written last: there is nothing left to do
   hf/            the trained model as a Hugging Face folder, input of the next stage
   wandb/         the Weights & Biases run; offline unless you are logged in"""
 
@@ -49,7 +54,14 @@ examples:
   python -m align.fit configs/ppo.yaml trainer.accelerator=gpu trainer.precision=bf16-mixed
 In a W&B sweep give each trial its own folder: 'run_dir=runs/sweep/${oc.env:WANDB_RUN_ID}'
 
-exit codes: 0 trained, 2 a mistake in the configuration or the data (nothing to debug), 1 anything else"""
+a run that was stopped:
+  The same command continues it, to the same bits. Another configuration is refused; resume=force continues all the same,
+  overwrite=true begins anew. resume=never only ever begins. SIGTERM and SIGUSR1 save the state before the run ends.
+
+exit codes: 0 trained, 2 a mistake in the configuration or the data (nothing to debug), 75 ended by a signal: start it
+again, 1 anything else"""
+
+ANEW = "overwrite=true trains it anew, run_dir=... another one"
 
 TRAINER_DEFAULTS: Mapping[str, Any] = {
     "devices": 1,
@@ -77,30 +89,57 @@ def main(argv: Sequence[str] | None = None) -> int:
     return cli.run(fit, argv, prog=PROG, description=DESCRIPTION, epilog=EPILOG)
 
 
-def fit(path: str, overrides: Sequence[str]) -> None:
-    """Reads, checks, builds, trains and exports one run.
+def fit(path: str, overrides: Sequence[str]) -> int | None:
+    """Reads, checks, builds, trains and exports one run, or what is left of it.
 
     Args:
         path: Of the YAML file.
         overrides: `key=value`.
 
+    Returns:
+        `interrupt.AGAIN` where a signal ended the run early.
+
     Raises:
         ConfigError: The user's mistakes, as far as they show before training.
+        CheckpointError: A checkpoint could not be written.
     """
-    start = time.monotonic()
+    begun = time.monotonic()
     config = read(path, overrides)
     check(config)
-    run_dir = cli.prepare_run_folder(config)
-    with _quiet_lightning():
-        seed_everything(config.seed, workers=True, verbose=False)
-        data, module = build_parts(config)
-        with loggers.opened(build(config.get("loggers") or {}, "loggers"), run_dir, _plain(config)) as opened:
-            trainer = build_trainer(config, run_dir, opened)
-            print(f"{run_dir}: {_size(module)} on {trainer.strategy.root_device}, {trainer.precision}", flush=True)
-            trainer.fit(module, datamodule=data)
-        export(module, run_dir / "hf")
-    took = _duration(time.monotonic() - start)
-    print(f"{run_dir}: trained in {took}; model in {run_dir / 'hf'}{_log(run_dir)}")
+    with resume.locked(Path(config.run_dir)):
+        start = resume.decide(config)
+        if start.finished:
+            print(f"{start.folder}: finished, at step {start.step}; model in {start.folder / 'hf'}. {ANEW}")
+            return None
+        try:
+            with interrupt.listening(), _quiet_lightning():
+                step = _train(config, start)
+        except Interrupted as signal:
+            print(f"{start.folder}: ended by {signal}; the same command continues it", flush=True)
+            return interrupt.AGAIN
+        resume.finish(start.folder, step)
+    took = _duration(time.monotonic() - begun)
+    print(f"{start.folder}: trained in {took}; model in {start.folder / 'hf'}{_log(start.folder)}")
+    return None
+
+
+def _train(config: DictConfig, start: resume.Start) -> int:
+    """Builds, trains from the given start, and exports; returns the number of optimizer steps done in all."""
+    folder = start.folder
+    seed_everything(config.seed, workers=True, verbose=False)
+    data, module = build_parts(config)
+    if config.get("resume") == "force" and isinstance(data, AlignData):
+        data.may_change = True
+    with loggers.opened(build(config.get("loggers") or {}, "loggers"), folder, _plain(config)) as opened:
+        trainer = build_trainer(config, folder, opened)
+        print(f"{folder}: {_size(module)} on {trainer.strategy.root_device}, {trainer.precision}", flush=True)
+        for note in start.notes:
+            print(f"{folder}: {note}", flush=True)
+        if start.checkpoint is not None:
+            print(f"{folder}: continues from step {start.step} ({start.checkpoint.name})", flush=True)
+        trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
+    export(module, folder / "hf")
+    return trainer.global_step
 
 
 def build_parts(config: DictConfig) -> tuple[LightningDataModule, LightningModule]:
@@ -122,25 +161,19 @@ def build_trainer(config: DictConfig, run_dir: Path, opened: list[Logger]) -> Tr
     shows_progress = any(isinstance(item, ProgressBar) for item in callbacks)
     if not shows_progress and arguments.get("enable_progress_bar", True) is not False:
         callbacks.append(loggers.RunProgressBar())
-    if not any(isinstance(item, ModelCheckpoint) for item in callbacks):
-        callbacks.append(default_checkpoint(run_dir))
+    if not any(isinstance(item, Checkpoints) for item in callbacks):
+        callbacks.append(Checkpoints())
     try:
         return Trainer(
             **arguments,
             callbacks=callbacks,
             logger=opened or False,
+            plugins=[*arguments.pop("plugins", None) or [], VerifiedCheckpointIO()],
             default_root_dir=run_dir,
             use_distributed_sampler=False,
         )
     except (ValueError, MisconfigurationException) as error:
         raise ConfigError([f"trainer: {error}"]) from error
-
-
-def default_checkpoint(run_dir: Path) -> Callback:
-    """The newest state of the run, saved whenever an epoch ends; a name with as many digits sorts as it was written."""
-    return ModelCheckpoint(
-        dirpath=run_dir / "checkpoints", filename="step-{step:08d}", auto_insert_metric_name=False, save_last="link"
-    )
 
 
 def export(module: LightningModule, folder: Path) -> None:

@@ -18,10 +18,16 @@ import wandb
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
-from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from lightning.pytorch.loggers import Logger, WandbLogger
+
+from align.atomic import write_text
+from align.metrics_file import MetricsFile
 
 DEFAULTS: Mapping[str, Any] = {"csv": True, "wandb": {"project": "align"}}
 """The `loggers` of a run that does not say otherwise."""
+
+WANDB_ID = "wandb-id.txt"
+"""In the run's folder: which W&B run it is."""
 
 SECONDS_BETWEEN_LINES = 15.0
 """Of progress, where the output is not a terminal."""
@@ -44,7 +50,7 @@ def opened(choice: Mapping[str, Any], run_dir: Path, config: dict[str, Any]) -> 
     """
     choice = {**DEFAULTS, **choice}
     settings, csv = choice.pop("wandb"), choice.pop("csv")
-    loggers: list[Logger] = [CSVLogger(run_dir, name="", version="")] if csv else []
+    loggers: list[Logger] = [MetricsFile(run_dir)] if csv else []
     loggers += [logger for logger in choice.values() if logger is not None]
     if not settings:
         yield loggers
@@ -135,7 +141,12 @@ def _start_wandb(settings: Mapping[str, Any], run_dir: Path, config: dict[str, A
         arguments["mode"] = "offline"
     if arguments.get("mode", os.environ.get("WANDB_MODE")) in ("offline", "dryrun", "disabled"):
         arguments["settings"] = {"silent": True, **(arguments.get("settings") or {})}
+    # A run that is continued keeps its identity, and so its page and its curves.
+    identity = run_dir / WANDB_ID
+    if "id" not in arguments and identity.exists():
+        arguments |= {"id": identity.read_text(encoding="utf-8").strip(), "resume": "allow"}
     run = wandb.init(dir=run_dir, config=config, **arguments)
+    write_text(identity, f"{run.id}\n")
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return run

@@ -19,7 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColum
 from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align import cli, schema, seeds
+from align import atomic, cli, schema, seeds
 from align.callbacks.tables import response_texts
 from align.config import ConfigError, build, check, read
 from align.data.prompts import encode_prompts
@@ -134,7 +134,7 @@ def sample(path: str, overrides: Sequence[str]) -> None:
     written = grouped(prompts.rows, response_texts(plan.tokenizer, completions), completions.finished.tolist(), plan.k)
     out = Path(plan.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    cli.write_atomically(out, json_lines(written))
+    atomic.write_text(out, json_lines(written))
     ended, tokens = completions.finished.float().mean(), completions.response_lengths.float().mean()
     print(f"{out}: {count:,} prompts with {plan.k} answers of {tokens:.1f} tokens on average, {ended:.1%} finished")
 

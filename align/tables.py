@@ -16,7 +16,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from align import cli
+from align import atomic
 from align.bootstrap import Interval
 from align.measure import Finding, Results
 from align.sample import json_lines
@@ -57,9 +57,9 @@ def write(
     note = "± is half the width of the 95 % confidence interval (bootstrap over prompts); ↑ higher is better, ↓ lower."
     if win_by is not None:
         note += f" Wins: share of prompts answered better than by {reference}, judged by {labels[win_by]}; ties half."
-    cli.write_atomically(run_dir / "table.md", "\n".join([*map(_markdown, sides), note, ""]))
-    cli.write_atomically(run_dir / "table.csv", _csv(results.findings))
-    cli.write_atomically(run_dir / "texts.jsonl", json_lines(_texts(results)))
+    atomic.write_text(run_dir / "table.md", "\n".join([*map(_markdown, sides), note, ""]))
+    atomic.write_text(run_dir / "table.csv", _csv(results.findings))
+    atomic.write_text(run_dir / "texts.jsonl", json_lines(_texts(results)))
     found = {
         "prompts": len(results.prompts.rows),
         "reference": reference,
@@ -69,7 +69,7 @@ def write(
         "findings": [_flat(finding) for finding in results.findings],
         "agreement": results.agreement,
     }
-    cli.write_atomically(run_dir / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
+    atomic.write_text(run_dir / "results.json", json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)

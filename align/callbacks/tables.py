@@ -42,8 +42,9 @@ class SampleTable(L.Callback):
         self.sampler, self.every, self.max_prompt_tokens = sampler, every, max_prompt_tokens
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The answers before the first step."""
-        self._write(trainer, pl_module)
+        """The answers before the first step; a run that is continued has them."""
+        if trainer.global_step == 0:
+            self._write(trainer, pl_module)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int

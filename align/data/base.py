@@ -4,6 +4,7 @@ A member says what an example becomes (`encode`) and how several make a batch (`
 loaders are the same for all. Nothing here knows models.
 """
 
+import hashlib
 import sys
 from abc import abstractmethod
 from collections import Counter
@@ -70,6 +71,7 @@ class AlignData(LightningDataModule):
     Attributes:
         encoded: Split -> its encoded examples, after `setup`.
         report: Split -> what happened to its examples, after `setup`: how many were read, used, dropped and why.
+        may_change: A run may be continued although its examples are others than when it began.
 
     Args:
         tokenizer: Must have an EOS token; its padding token and side do not matter.
@@ -105,6 +107,8 @@ class AlignData(LightningDataModule):
         self._train_loader: Any = None
         self._train_state: dict[str, Any] | None = None
         self.report: dict[str, dict[str, int]] = {}
+        self.may_change = False
+        self._digests: dict[str, str] = {}
 
     @classmethod
     def config_errors(cls, arguments: dict[str, Any]) -> list[str]:
@@ -205,15 +209,44 @@ class AlignData(LightningDataModule):
     # as every learning-rate schedule does. A data module's state always arrives, so the loader's travels in it.
 
     def state_dict(self) -> dict[str, Any]:
-        """The training loader's place, for checkpoints."""
-        return {} if self._train_loader is None else {"train_loader": self._train_loader.state_dict()}
+        """The training loader's place and what the examples are, for checkpoints.
+
+        A batch that was taken but not learned, as a signal came in between, counts as not taken.
+        """
+        if self._train_loader is None:
+            return {}
+        module = self.trainer.lightning_module if self.trainer is not None else None
+        back = int(getattr(module, "batch_at_hand", False))
+        return {"train_loader": self._train_loader.state_dict(back), "fingerprints": self._fingerprints()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Called by Lightning on resuming, before or after the training loader was made."""
+        """Called by Lightning on resuming, before or after the training loader was made.
+
+        Raises:
+            ValueError: The examples are not those that the run began with.
+        """
+        then, now = state_dict["fingerprints"], self._fingerprints()
+        changed = [split for split in sorted({*then, *now}) if then.get(split) != now.get(split)]
+        if changed and not self.may_change:
+            shown = ", ".join(f"{split} ({self._shown(split)})" for split in changed)
+            raise ValueError(
+                f"the examples are not those that the run began with: {shown}. Give it the same data again; resume=force "
+                "continues with what is there now, overwrite=true begins anew"
+            )
         if self._train_loader is None:
             self._train_state = state_dict["train_loader"]
         else:
             self._train_loader.load_state_dict(state_dict["train_loader"])
+
+    def _fingerprints(self) -> dict[str, str]:
+        """Split -> a digest of its encoded examples in order."""
+        for split, encoded in self.encoded.items():
+            if split not in self._digests:
+                digest = hashlib.blake2b(digest_size=16)
+                for example in encoded:
+                    _add(digest, {key: value for key, value in example.items() if key != "row"})
+                self._digests[split] = digest.hexdigest()
+        return self._digests
 
     def val_dataloader(self) -> Any:
         """Validation batches, in the order of the source; an empty list where there is no `valid`."""
@@ -263,3 +296,20 @@ def tokenize_groups(tokenizer: PreTrainedTokenizerBase, groups: Sequence[Sequenc
     """Tokenises the pieces of many examples in one call; the ids come back in the same groups."""
     flat = iter(tokenize(tokenizer, [piece for group in groups for piece in group]))
     return [[next(flat) for _ in group] for group in groups]
+
+
+def _add(digest: "hashlib.blake2b", value: Any) -> None:
+    """Takes a value into a digest: tensors by their bytes, containers by their parts, everything else as it prints."""
+    if isinstance(value, Tensor):
+        digest.update(f"{value.dtype}{tuple(value.shape)}".encode())
+        digest.update(value.contiguous().numpy().tobytes())
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            digest.update(f"{key}:".encode())
+            _add(digest, item)
+    elif isinstance(value, list | tuple):
+        digest.update(f"[{len(value)}]".encode())
+        for item in value:
+            _add(digest, item)
+    else:
+        digest.update(repr(value).encode())

@@ -246,21 +246,25 @@ class ExperienceLoader:
         index = stream(self.text_count, step * count, count, self.seed, "pretraining")
         return self.texts(index[self.rank :: self.world_size])
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, back: int = 0) -> dict[str, Any]:
         """Optimizer steps begun, and each rank's rollout where it is needed again; tensors and numbers only.
 
         All ranks must call it, as Lightning does when it saves: Lightning keeps the first rank's answer. Asked twice at
         the same step it gives the same tensors, which `torch.save` writes once.
+
+        Args:
+            back: How many of the last steps begun do not count, 0 or 1.
         """
-        if self._saved.get("step") == self.step:
+        step = self.step - back
+        if self._saved.get("step") == step:
             return self._saved
-        needed = self._rollout is not None and self.step % self.steps_per_rollout != 0
+        needed = self._rollout is not None and step % self.steps_per_rollout != 0
         own = _tensors(self._rollout) if needed and self._rollout is not None else {}
         everyone: list[dict[str, Tensor]] = [own]
         if self.world_size > 1:
             everyone = [{} for _ in range(self.world_size)]
             dist.all_gather_object(everyone, own)
-        self._saved = {"step": self.step, "rollouts": everyone}
+        self._saved = {"step": step, "rollouts": everyone}
         return self._saved
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -127,9 +127,9 @@ class Loader:
             self.position = position
             yield batch
 
-    def state_dict(self) -> dict[str, int]:
-        """Epoch and number of batches taken in it."""
-        return {"epoch": self.current_epoch, "position": self.position}
+    def state_dict(self, back: int = 0) -> dict[str, int]:
+        """Epoch and number of batches taken in it, less the last `back` of them."""
+        return {"epoch": self.current_epoch, "position": self.position - back}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Continues after the batches that were taken when the state was saved."""

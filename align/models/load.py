@@ -6,9 +6,6 @@ first PPO ratio is not 1 and the KL to the reference is noise (The N Implementat
 """
 
 import contextlib
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,6 +24,7 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from align import seeds
+from align.atomic import folder_written_whole
 from align.models.attention import use_attend
 from align.models.heads import ScalarModel, initialise_head
 from align.paths import ModelPath
@@ -122,28 +120,6 @@ def add_residual_dropout(model: PreTrainedModel, probability: float) -> None:
         )
 
 
-@contextlib.contextmanager
-def folder_written_whole(folder: str | Path) -> Iterator[Path]:
-    """A temporary folder that takes the place of `folder` when the block ends well; otherwise nothing changes."""
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        yield fresh
-        fresh.chmod(0o755)
-        _sync(fresh)
-        if folder.exists():
-            old = folder.with_name(f".{folder.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
-            folder.rename(old)
-            fresh.rename(folder)
-            shutil.rmtree(old)
-        else:
-            fresh.rename(folder)
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-
-
 def save_model(model: PreTrainedModel | ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Writes model and tokenizer as a Hugging Face folder; an older folder is replaced only when all is written."""
     inner = model.hf if isinstance(model, ScalarModel) else model
@@ -204,11 +180,3 @@ def _dropout_hook(probability: float) -> Any:
         return (dropped, *output[1:]) if isinstance(output, tuple) else dropped
 
     return hook
-
-
-def _sync(folder: Path) -> None:
-    """Forces the files' contents to the disk, so that a rename never exposes an empty file after a crash."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())

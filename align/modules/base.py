@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from align import seeds
+from align import interrupt, seeds
 from align.models.load import save_model
 from align.optim import Optim
 
@@ -47,6 +47,7 @@ class AlignModule(L.LightningModule):
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
         self._clock = time.perf_counter()
+        self.batch_at_hand = False
 
     @classmethod
     def config_errors(cls, arguments: dict[str, Any]) -> list[str]:
@@ -85,7 +86,10 @@ class AlignModule(L.LightningModule):
             The batch's statistics: sums over pieces, or maxima where a name ends in "max".
         """
         totals: Stats = {}
-        with seeds.forked(self.seed, "dropout", self.global_step, self.global_rank):
+        with (
+            interrupt.interruptible(self.trainer.world_size == 1),
+            seeds.forked(self.seed, "dropout", self.global_step, self.global_rank),
+        ):
             for loss, stats in pieces:
                 self.manual_backward(loss)
                 for name, value in stats.items():
@@ -112,6 +116,7 @@ class AlignModule(L.LightningModule):
         optimizer.step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
+        self.batch_at_hand = False
         return stats
 
     def report(self, stats: Stats, *, tokens: int, bar: tuple[str, ...] = ()) -> None:
@@ -135,6 +140,10 @@ class AlignModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Starts the clock of `report`."""
         self._clock = time.perf_counter()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """From here on the batch is taken from its loader but not yet learned: see `AlignData.state_dict`."""
+        self.batch_at_hand = True
 
     def precision(self) -> contextlib.AbstractContextManager[None]:
         """The trainer's arithmetic, for passes outside `training_step`: only that runs in it by itself."""

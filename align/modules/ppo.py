@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align import seeds
+from align import interrupt, seeds
 from align.formulas import losses, masked, returns
 from align.models import forward
 from align.models.heads import ScalarModel
@@ -190,7 +190,8 @@ class PPOModule(AlignModule):
             minibatch: Episodes in a minibatch.
         """
         start = time.perf_counter()
-        with self.precision(), forward.evaluating(self):
+        alone = self.trainer.world_size == 1
+        with interrupt.interruptible(alone), self.precision(), forward.evaluating(self):
             with seeds.forked(self.seed, "sample", iteration, self.global_rank):
                 completions = self.sampler(self.policy, prompts.to(self.device))
             sampled = time.perf_counter()

@@ -20,7 +20,7 @@ from rich.markdown import Markdown
 
 from align import seeds
 from align.bootstrap import Interval, mean_intervals, ratio_intervals
-from align.cli import write_atomically
+from align.atomic import write_text
 from tools.e2e import plots
 from tools.e2e.facts import check
 from tools.e2e.files import read_rows
@@ -367,7 +367,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     shown = "\n".join(f"- {line}" for line in sentences(evaluation, options.runs))
     words = f"# What the runs show\n\n{shown}\n"
     images = "".join(f"\n![{path.stem}]({path.name})\n" for path in pictures)
-    write_atomically(options.out / "report.md", f"{words}{images}\n{evaluation.table}")
+    write_text(options.out / "report.md", f"{words}{images}\n{evaluation.table}")
     console = Console()
     if not console.is_terminal:
         console = Console(width=100)

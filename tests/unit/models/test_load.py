@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from align import seeds
 from align.models import forward
 from align.models.heads import initialise_head
-from align.models.load import folder_written_whole, load_causal_lm, load_scalar_model, load_tokenizer, save_model
+from align.atomic import folder_written_whole
+from align.models.load import load_causal_lm, load_scalar_model, load_tokenizer, save_model
 
 
 @pytest.fixture

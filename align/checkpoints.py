@@ -1,0 +1,144 @@
+"""Checkpoints that are whole, or are known not to be.
+
+A checkpoint is a folder: the state, and a manifest with size and checksum of every file. It gets its name when all of
+it is on the disk. Whatever damages it later is noticed before it is read. Knows files; what is in the state is
+Lightning's and the modules' business.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+
+from align import atomic
+
+STATE = "state.pt"
+MANIFEST = "manifest.json"
+PATTERN = "step-*"
+FORMAT = 1
+"""Of the manifest; another number is another layout."""
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint cannot be written or read; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A checkpoint that cannot be used, and why."""
+
+    folder: Path
+    reason: str
+
+
+class VerifiedCheckpointIO(CheckpointIO):
+    """Writes and reads Lightning's checkpoint as a folder with a manifest. Plain tensors and containers only."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Writes the whole state, or nothing.
+
+        Raises:
+            CheckpointError: The disk is full, or the folder cannot be written to.
+        """
+        folder = Path(path)
+        try:
+            with atomic.folder_written_whole(folder) as fresh:
+                torch.save(checkpoint, fresh / STATE)
+                step = int(checkpoint["global_step"])
+                atomic.write_text(fresh / MANIFEST, json.dumps(_manifest(fresh, step), indent=1) + "\n")
+        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+            raise CheckpointError(
+                f"the checkpoint {folder} could not be written: {_last_line(error)}. Earlier checkpoints are as they "
+                "were: make room, or make the folder writable, and give the same command again"
+            ) from error
+
+    def load_checkpoint(
+        self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Reads a state that `newest_good` or `verify` has found whole. Never runs code that a file contains."""
+        return torch.load(Path(path) / STATE, map_location=map_location or "cpu", weights_only=True)
+
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Deletes a checkpoint, at once as far as anybody can see."""
+        if Path(path).exists():
+            atomic.remove(Path(path))
+
+
+def step_folder(folder: Path, step: int) -> Path:
+    """The place of a step's checkpoint; names sort as steps do."""
+    return folder / f"step-{step:09d}"
+
+
+def found(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, damaged ones among them, the newest first."""
+    return sorted((path for path in folder.glob(PATTERN) if path.is_dir()), reverse=True)
+
+
+def newest_good(folder: Path) -> tuple[Path | None, list[Damage]]:
+    """The newest checkpoint that is whole, and those passed over on the way."""
+    damaged: list[Damage] = []
+    for path in found(folder):
+        reason = verify(path)
+        if reason is None:
+            return path, damaged
+        damaged.append(Damage(path, reason))
+    return None, damaged
+
+
+def verify(folder: Path) -> str | None:
+    """Compares a checkpoint with its manifest; returns what is wrong with it, or None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in manifest["files"].items()}
+        layout = manifest["format"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        return f"{MANIFEST} is damaged ({type(error).__name__})"
+    if layout != FORMAT:
+        return f"its layout is number {layout}, this version of align reads number {FORMAT}"
+    for name, (size, digest) in files.items():
+        try:
+            if (there := (folder / name).stat().st_size) != size:
+                return f"{name} has {there:,} bytes, {size:,} were written"
+            if _digest(folder / name) != digest:
+                return f"{name} has other contents than were written"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror}"
+    return None if STATE in files else f"{MANIFEST} does not name {STATE}"
+
+
+def step_of(folder: Path) -> int:
+    """Optimizer steps done when a checkpoint was saved."""
+    return int(folder.name.rpartition("-")[2])
+
+
+def described(damaged: Sequence[Damage]) -> list[str]:
+    """One line for each checkpoint passed over."""
+    return [f"{item.folder}: not used, {item.reason}" for item in damaged]
+
+
+def _manifest(folder: Path, step: int) -> dict[str, Any]:
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(folder.iterdir())
+        if path.name != MANIFEST
+    }
+    return {"format": FORMAT, "step": step, "torch": torch.__version__, "files": files}
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _last_line(error: Exception) -> str:
+    cause = error.__context__ if isinstance(error.__context__, OSError) else error
+    if isinstance(cause, OSError) and cause.strerror:
+        return cause.strerror
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,84 @@
+"""SIGTERM and SIGUSR1: Slurm and spot machines announce with them that a process will be killed soon.
+
+A signal is acted upon at once where nothing is half done (inside `interruptible`, which long computations enter), and
+otherwise when the optimizer step at hand is complete. Knows signals; what is saved then is the checkpoints' business.
+"""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+AGAIN = 75
+"""The exit code that means "start me again": EX_TEMPFAIL of sysexits.h."""
+
+
+class Interrupted(Exception):
+    """A signal asked the run to end. The state is that after the last complete optimizer step."""
+
+
+class _State:
+    """Of this process: signal handlers are process-wide, so there is one."""
+
+    received: str | None = None
+    depth = 0
+
+
+def received() -> str | None:
+    """The name of the signal that asked this process to end, if any did."""
+    return _State.received
+
+
+@contextlib.contextmanager
+def listening() -> Iterator[None]:
+    """Inside the block, signals end the run in good order. To be entered in the main thread."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    _State.received, _State.depth = None, 0
+    for number in SIGNALS:
+        signal.signal(number, _handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _State.received, _State.depth = None, 0
+
+
+@contextlib.contextmanager
+def interruptible(alone: bool = True) -> Iterator[None]:
+    """A computation whose results nobody keeps unless the block is left well, so it may be dropped at any moment.
+
+    Args:
+        alone: False where other processes wait for this one to come to the same point: then nothing is dropped.
+
+    Raises:
+        Interrupted: By the first signal inside the block, or on entry after one.
+    """
+    if not alone:
+        yield
+        return
+    _State.depth += 1
+    try:
+        raise_if_received()
+        yield
+    finally:
+        _State.depth -= 1
+
+
+def raise_if_received() -> None:
+    """To be called where the state is complete.
+
+    Raises:
+        Interrupted: A signal has come.
+    """
+    if _State.received is not None:
+        raise Interrupted(_State.received)
+
+
+def _handle(number: int, frame: FrameType | None) -> None:
+    first = _State.received is None
+    _State.received = signal.Signals(number).name
+    if first and _State.depth > 0:
+        raise Interrupted(_State.received)

@@ -1,0 +1,193 @@
+"""What becomes of a run folder that holds something: continue, begin, say that it is finished, or refuse.
+
+Knows run folders and configurations. What is in a checkpoint, and reading it, is not known here.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import DictConfig, OmegaConf
+
+from align import atomic, checkpoints, cli, schema
+from align.config import ConfigError
+from align.schema import TARGET, join
+
+Resume = Literal["auto", "never", "force"]
+
+CHECKPOINTS = "checkpoints"
+FINISHED = "finished.json"
+LOCK = ".lock"
+
+HARMLESS = ("run_dir", "overwrite", "resume", "loggers")
+"""Keys that change nothing that is computed."""
+
+HARMLESS_TRAINER = (
+    "devices", "num_nodes", "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler",
+    "detect_anomaly", "max_time", "enable_checkpointing", "num_sanity_val_steps",
+)  # fmt: skip
+"""Arguments of the Trainer that change nothing that is computed."""
+
+HARMLESS_CALLBACKS = ("align.callbacks.checkpoint.", "align.callbacks.tables.", "lightning.pytorch.callbacks.")
+"""How the targets of callbacks begin that only watch."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """How a run begins."""
+
+    folder: Path
+    checkpoint: Path | None
+    """To continue from; None begins at step 0."""
+    step: int
+    notes: tuple[str, ...]
+    """What the user should be told."""
+    finished: bool = False
+    """There is nothing left to do."""
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """The folder is this process's alone. The lock goes with the process, however that ends.
+
+    Raises:
+        ConfigError: Another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            raise ConfigError(
+                [f"run_dir: {folder} is in use by {file.read().strip() or 'another process'}; wait, or end that run"]
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
+
+
+def decide(config: DictConfig) -> Start:
+    """Looks at the run folder of a checked configuration and prepares it: afterwards it holds this config.yaml.
+
+    Raises:
+        ConfigError: The folder holds something that must not be touched, or a run of another configuration, or one of
+            which no checkpoint is whole.
+    """
+    folder = Path(config.run_dir)
+    resume: Resume = config.get("resume") or "auto"
+    if config.get("overwrite") or resume == "never" or not _holds_a_run(folder):
+        return Start(cli.prepare_run_folder(config, keep=(LOCK,)), None, 0, ())
+    saved = OmegaConf.load(folder / "config.yaml")
+    changed = differences(_plain(saved), _plain(config))
+    notes = [f"changed since: {line}" for line in changed]
+    if changed and resume != "force":
+        raise ConfigError(
+            [
+                f"run_dir: {folder} holds a run of another configuration; resume=force continues it all the same, "
+                "overwrite=true deletes it, run_dir=... writes elsewhere",
+                *changed,
+            ]
+        )
+    if (folder / FINISHED).exists():
+        step = json.loads((folder / FINISHED).read_text(encoding="utf-8"))["step"]
+        return Start(folder, None, step, (), finished=True)
+    checkpoint, damaged = checkpoints.newest_good(folder / CHECKPOINTS)
+    notes += checkpoints.described(damaged)
+    if checkpoint is None and damaged:
+        raise ConfigError(
+            [f"run_dir: {folder} has no whole checkpoint; overwrite=true begins the run anew", *notes]
+        )
+    _tidy(folder, checkpoint, damaged)
+    cli.write_config(config, folder)
+    return Start(folder, checkpoint, checkpoints.step_of(checkpoint) if checkpoint else 0, tuple(notes))
+
+
+def finish(folder: Path, step: int) -> None:
+    """Marks the run as done."""
+    atomic.write_text(folder / FINISHED, json.dumps({"step": step}) + "\n")
+
+
+def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two configurations and may change what is computed, with both values."""
+    old, now = _leaves(_without_harmless(saved)), _leaves(_without_harmless(new))
+    paths = _path_keys(saved, "") & _path_keys(new, "")
+    return [
+        f"{key}: {_shown(old, key)} when the run began, {_shown(now, key)} now"
+        for key in sorted({*old, *now})
+        if old.get(key, _NOTHING) != now.get(key, _NOTHING) and key not in paths
+    ]
+
+
+_NOTHING = object()
+
+
+def _shown(leaves: Mapping[str, Any], key: str) -> str:
+    return schema.described(leaves[key]) if key in leaves else "not there"
+
+
+def _holds_a_run(folder: Path) -> bool:
+    """Whether there is more than a lock and a configuration, and align wrote it."""
+    if not folder.is_dir() or not cli.is_run(folder):
+        return False
+    return bool({item.name for item in folder.iterdir()} - {"config.yaml", LOCK})
+
+
+def _tidy(folder: Path, checkpoint: Path | None, damaged: list[checkpoints.Damage]) -> None:
+    """Removes what a killed process left, and damaged checkpoints: their steps will be saved again."""
+    atomic.sweep(folder, "hf", "hf-ema", "metrics.csv", "config.yaml", FINISHED)
+    atomic.sweep(folder / CHECKPOINTS, "step-*")
+    for item in damaged:
+        atomic.remove(item.folder)
+    if checkpoint is None:  # no state is left to say how much of them to keep
+        for file in (*folder.glob("*.jsonl"), folder / "metrics.csv"):
+            file.unlink(missing_ok=True)
+
+
+def _plain(config: Any) -> dict[str, Any]:
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
+def _without_harmless(config: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {key: value for key, value in config.items() if key not in HARMLESS}
+    kept["trainer"] = {k: v for k, v in (config.get("trainer") or {}).items() if k not in HARMLESS_TRAINER}
+    kept["callbacks"] = {
+        key: value
+        for key, value in (config.get("callbacks") or {}).items()
+        if value is not None and not str(value.get(TARGET, "")).startswith(HARMLESS_CALLBACKS)
+    }
+    return kept
+
+
+def _leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Dotted key -> value; an empty mapping or list counts as one."""
+    if isinstance(value, dict | list) and value:
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        return {key: leaf for name, item in items for key, leaf in _leaves(item, join(path, name)).items()}
+    return {path: value}
+
+
+def _path_keys(node: Any, path: str) -> set[str]:
+    """The keys whose values name files or models: where they lie does not matter, what is in them is checked."""
+    if isinstance(node, list):
+        return {key for place, item in enumerate(node) for key in _path_keys(item, join(path, place))}
+    if not isinstance(node, dict):
+        return set()
+    found = {key for name, item in node.items() for key in _path_keys(item, join(path, name))}
+    if TARGET in node:
+        try:
+            parameters, _ = schema.parameters(schema.find_target(node[TARGET]))
+        except schema.Mismatch:
+            return found
+        marked = {name for name, parameter in parameters.items() if schema.metadata(parameter.annotation)}
+        found |= {join(path, name) for name in marked if isinstance(node.get(name), str)}
+    return found
+
+
