@@ -35,7 +35,7 @@ def build(node: Any, path: str = "", annotation: Any = Any) -> Any:
     return built
 
 
-def arguments(target: Callable[..., Any], node: Any, path: str = "") -> dict[str, Any]:
+def arguments(target: Callable[..., Any], node: Any, path: str = "") -> dict[Any, Any]:
     """The built arguments of a call, in the form that its annotations ask for.
 
     Args:

@@ -183,7 +183,7 @@ class _Checker:
         self,
         kind: str,
         parameters: Mapping[str, Parameter],
-        values: Mapping[str, Any],
+        values: Mapping[Any, Any],
         path: str,
         takes_any: bool = False,
     ) -> None:
@@ -237,7 +237,7 @@ class _Checker:
             known = {key: Parameter(key, Parameter.KEYWORD_ONLY, default=None) for key in sorted(wandb_settings())}
             self.bind("argument of wandb.init", known, settings, "loggers.wandb")
 
-    def _node(self, dotted: Any, values: dict[str, Any], path: str, *, sound: bool) -> schema.Node:
+    def _node(self, dotted: Any, values: dict[Any, Any], path: str, *, sound: bool) -> schema.Node:
         before = len(self.errors)
         try:
             if isinstance(dotted, _Unknown):

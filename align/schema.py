@@ -68,7 +68,7 @@ class Node:
     """
 
     produces: type | None
-    arguments: dict[str, Any]
+    arguments: dict[Any, Any]
     sound: bool
 
 

@@ -84,6 +84,7 @@ SFT_PLACES = {
     "module.seed": 2**63, "data.batch_size": 2**63, "module.optim.lr": float("nan"), "module.optim.betas": [0.9, 1],
     "seed": -1, "trainer.check_val_every_n_epoch": 0, "trainer.max_epochs": -1, "run_dir": "x" * 5000,
     "data.train": "", "module.optim.epsilon": float("inf"), "data.valid": "a\0b", "trainer.accelerator": "tpu",
+    "trainer": {1: 2}, "data.tokenizer": {"_target_": "collections.Counter", 3: 1},
 }  # fmt: skip
 
 
