@@ -66,34 +66,78 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str, epilog: st
 
 
 def is_users_mistake(error: BaseException) -> bool:
-    """True: the message is meant for the user. The package raises ValueError for nothing else, libraries might."""
+    """True: the message is meant for the user. The package and Lightning raise ValueError for nothing else."""
     if isinstance(error, ConfigError | MisconfigurationException):
         return True
-    return _module_that_raised(error.__traceback__).partition(".")[0] == "align"
+    return _module_that_raised(error.__traceback__).partition(".")[0] in ("align", "lightning")
 
 
-def prepare_run_folder(config: DictConfig) -> Path:
-    """Makes the folder `run_dir` of a checked configuration and writes the resolved configuration into it.
+class RunFolder:
+    """The folder `run_dir` of a checked configuration, with the resolved configuration in it, for a `with` block.
+
+    Unless the run has begun, an error that ends the block leaves everything as it was: a folder that was made is gone,
+    and an earlier run that `overwrite` was to delete is back. So nothing is lost to a mistake that only building the
+    objects or reading the data can show.
 
     A folder that holds nothing but an earlier `config.yaml` is used again: that run never began.
+
+    Attributes:
+        path: As the configuration gives it.
 
     Raises:
         ConfigError: The folder is in use and `overwrite` is not set, or is not a run's folder, so is not deleted.
     """
-    folder = Path(config.run_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError([f"run_dir: {folder} is a file, expected a folder or a name that is free"])
-    if folder.is_dir() and {item.name for item in folder.iterdir()} - ({"config.yaml"} if _is_run(folder) else set()):
-        if not config.get("overwrite", False):
-            raise ConfigError([f"run_dir: {folder} exists and is not empty; {_how_to_proceed(folder)}"])
-        _delete(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError([f"run_dir: {folder} cannot be made: {error.strerror}"]) from error
-    text = OmegaConf.to_yaml(config, resolve=True)
-    write_atomically(folder / "config.yaml", f"{MARK}: the configuration of this run, references resolved.\n{text}")
-    return folder
+
+    def __init__(self, config: DictConfig) -> None:
+        self.path = Path(config.run_dir)
+        self._text = OmegaConf.to_yaml(config, resolve=True)
+        try:
+            self._replaces = _must_be_replaced(self.path, bool(config.get("overwrite", False)))
+        except OSError as error:
+            raise ConfigError([f"run_dir: {str(self.path)[:80]} cannot be looked up: {error.strerror}"]) from error
+        self._earlier: Path | None = None
+        self._made: list[Path] = []
+        self._begun = False
+
+    def __enter__(self) -> "RunFolder":
+        real = self.path.resolve()
+        try:
+            if self._replaces:
+                self._earlier = Path(tempfile.mkdtemp(prefix=f".{real.name}.earlier.", dir=real.parent))
+                real.rename(self._earlier)  # onto an empty folder, which makes it one step
+            self._made = [folder for folder in (real, *real.parents) if not folder.exists()]
+            real.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._undo()
+            raise ConfigError([f"run_dir: {self.path} cannot be made: {error.strerror}"]) from error
+        note = f"{MARK}: the configuration of this run, references resolved.\n"
+        write_atomically(real / "config.yaml", note + self._text)
+        return self
+
+    def begun(self) -> None:
+        """The run does its work now: from here on what it writes is kept, and an earlier run is deleted."""
+        self._begun = True
+        if self._earlier is not None:
+            shutil.rmtree(self._earlier)
+            self._earlier = None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.begun()
+        elif not self._begun:
+            self._undo()
+
+    def _undo(self) -> None:
+        real = self.path.resolve()
+        if self._earlier is not None:
+            shutil.rmtree(real, ignore_errors=True)
+            self._earlier.rename(real)
+            return
+        for item in list(real.iterdir()) if real.is_dir() else []:
+            shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+        for folder in self._made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -141,10 +185,18 @@ def _how_to_proceed(folder: Path) -> str:
     return "no run of align made it, so choose another with run_dir=..."
 
 
-def _delete(folder: Path) -> None:
-    """Deletes a run's folder, and only that: what is in it must be that run's own."""
+def _must_be_replaced(folder: Path, overwrite: bool) -> bool:
+    """Whether an earlier run is in the folder, which may be deleted: all that is in it must be that run's own."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError([f"run_dir: {folder} is a file, expected a folder or a name that is free"])
+    never_began = {"config.yaml"} if _is_run(folder) else set()
+    if not folder.is_dir() or {item.name for item in folder.iterdir()} <= never_began:
+        return False
+    if not overwrite:
+        raise ConfigError([f"run_dir: {folder} exists and is not empty; {_how_to_proceed(folder)}"])
     real = folder.resolve()
-    inner = [file.parent for file in real.rglob("config.yaml") if file.parent != real and _is_run(file.parent)]
+    files = real.rglob("config.yaml") if _is_run(folder) else ()
+    inner = [file.parent for file in files if file.parent != real and _is_run(file.parent)]
     if not _is_run(folder):
         reason = "it holds no config.yaml written by align"
     elif inner:
@@ -152,6 +204,5 @@ def _delete(folder: Path) -> None:
     elif Path.cwd().is_relative_to(real):
         reason = "it is, or holds, the working directory"
     else:
-        shutil.rmtree(real)
-        return
+        return True
     raise ConfigError([f"run_dir: {folder} is not deleted, though overwrite=true: {reason}; choose another run_dir"])

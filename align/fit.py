@@ -20,7 +20,8 @@ from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from align import cli, loggers, precision
-from align.config import AUTO, ConfigError, build, check, read
+from align.build import build
+from align.config import AUTO, FIT_KEYS, ConfigError, check, read
 from align.models.load import folder_written_whole
 
 PROG = "python -m align.fit"
@@ -90,12 +91,14 @@ def fit(path: str, overrides: Sequence[str]) -> None:
     start = time.monotonic()
     config = read(path, overrides)
     check(config)
-    run_dir = cli.prepare_run_folder(config)
-    with _quiet_lightning():
+    with cli.RunFolder(config) as folder, _quiet_lightning():
+        run_dir = folder.path
         seed_everything(config.seed, workers=True, verbose=False)
         data, module = build_parts(config)
-        with loggers.opened(build(config.get("loggers") or {}, "loggers"), run_dir, _plain(config)) as opened:
-            trainer = build_trainer(config, run_dir, opened)
+        with loggers.opened(
+            build(config.get("loggers") or {}, "loggers", FIT_KEYS["loggers"]), run_dir, _plain(config)
+        ) as opened:
+            trainer = build_trainer(config, folder, opened)
             print(f"{run_dir}: {_size(module)} on {trainer.strategy.root_device}, {trainer.precision}", flush=True)
             trainer.fit(module, datamodule=data)
         export(module, run_dir / "hf")
@@ -105,25 +108,28 @@ def fit(path: str, overrides: Sequence[str]) -> None:
 
 def build_parts(config: DictConfig) -> tuple[LightningDataModule, LightningModule]:
     """The data and the module of a checked configuration."""
-    data, module = build(config.data, "data"), build(config.module, "module")
+    data, module = (build(config[key], key, FIT_KEYS[key]) for key in ("data", "module"))
     if not callable(getattr(module, "export", None)):
         raise ConfigError([f"module: {type(module).__name__} has no method export(folder), so nothing could be kept"])
     return data, module
 
 
-def build_trainer(config: DictConfig, run_dir: Path, opened: list[Logger]) -> Trainer:
+def build_trainer(config: DictConfig, folder: cli.RunFolder, opened: list[Logger]) -> Trainer:
     """Lightning's Trainer with the configuration's arguments and callbacks, writing into the run folder only."""
+    run_dir = folder.path
     arguments = {**TRAINER_DEFAULTS, **build(config.trainer, "trainer")}
     if arguments["devices"] == "auto":
         arguments["devices"] = 1
     if arguments.get("precision") == AUTO:
         arguments["precision"] = precision.fastest(arguments.get("accelerator", "auto"))
-    callbacks = [item for item in build(config.get("callbacks") or {}, "callbacks").values() if item is not None]
+    chosen = build(config.get("callbacks") or {}, "callbacks", FIT_KEYS["callbacks"])
+    callbacks = [item for item in chosen.values() if item is not None]
     shows_progress = any(isinstance(item, ProgressBar) for item in callbacks)
     if not shows_progress and arguments.get("enable_progress_bar", True) is not False:
         callbacks.append(loggers.RunProgressBar())
     if not any(isinstance(item, ModelCheckpoint) for item in callbacks):
         callbacks.append(default_checkpoint(run_dir))
+    callbacks.append(_Begins(folder))  # the last, since the others may find mistakes at the start of training
     try:
         return Trainer(
             **arguments,
@@ -132,7 +138,7 @@ def build_trainer(config: DictConfig, run_dir: Path, opened: list[Logger]) -> Tr
             default_root_dir=run_dir,
             use_distributed_sampler=False,
         )
-    except (ValueError, MisconfigurationException) as error:
+    except (ValueError, MisconfigurationException, ImportError) as error:
         raise ConfigError([f"trainer: {error}"]) from error
 
 
@@ -141,6 +147,16 @@ def default_checkpoint(run_dir: Path) -> Callback:
     return ModelCheckpoint(
         dirpath=run_dir / "checkpoints", filename="step-{step:08d}", auto_insert_metric_name=False, save_last="link"
     )
+
+
+class _Begins(Callback):
+    """Tells the run folder that training begins: all objects are built and all data is read."""
+
+    def __init__(self, folder: cli.RunFolder) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.folder.begun()
 
 
 def export(module: LightningModule, folder: Path) -> None:

@@ -19,6 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import CSVLogger, Logger, WandbLogger
+from wandb.errors import UsageError
 
 DEFAULTS: Mapping[str, Any] = {"csv": True, "wandb": {"project": "align"}}
 """The `loggers` of a run that does not say otherwise."""
@@ -135,7 +136,10 @@ def _start_wandb(settings: Mapping[str, Any], run_dir: Path, config: dict[str, A
         arguments["mode"] = "offline"
     if arguments.get("mode", os.environ.get("WANDB_MODE")) in ("offline", "dryrun", "disabled"):
         arguments["settings"] = {"silent": True, **(arguments.get("settings") or {})}
-    run = wandb.init(dir=run_dir, config=config, **arguments)
+    try:
+        run = wandb.init(dir=run_dir, config=config, **arguments)
+    except (ValueError, UsageError) as error:
+        raise ValueError(f"loggers.wandb: W&B refuses its settings: {error}") from error
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return run
