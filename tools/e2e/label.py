@@ -22,7 +22,7 @@ from align.seeds import derive
 from tools.e2e.facts import check
 from tools.e2e.files import read_rows, write_rows
 from tools.e2e.fluency import faults
-from tools.e2e.instructions import answer_is_right
+from tools.e2e.instructions import answer_is_right, slot_asked
 
 MISSING = 1.0
 WRONG = 1.5
@@ -37,7 +37,7 @@ MOST_FAULTS = 4
 LABELERS = 10
 TIE_WIDTH = 0.5
 """Utilities are seen in steps of this size: half a missing fact makes no difference anybody would rank by."""
-AGREEMENT = 0.75
+AGREEMENT = 0.76
 CALIBRATED_ON = 1000
 """Prompts, the first of the samples: with K=4, 30,000 pairs, which fix the agreement to about half a point."""
 
@@ -61,6 +61,30 @@ def utility(row: Mapping[str, Any], text: str, finished: bool) -> float:
 def seen(true: float, noise: float, standard_deviation: float) -> float:
     """The score a labeler gives: the utility with their noise, in steps of `TIE_WIDTH`."""
     return TIE_WIDTH * round((true + standard_deviation * noise) / TIE_WIDTH) + 0.0
+
+
+def contrasted(rows: Sequence[Mapping[str, Any]], seed: int) -> list[Mapping[str, Any]]:
+    """The rows, with something to rank in those questions to which all answers are the same.
+
+    A good model answers a short question alike every time, above all one that has no answer; a reward model that never
+    sees such a question answered wrongly learns nothing of it, and PPO finds out. So the last two answers give place to
+    what the model said to the same question about other places: to their reader, answers that are made up.
+    """
+    answered: dict[str, list[tuple[str, bool]]] = {}
+    for row in rows:
+        if (question := slot_asked(row["prompt"])) is not None:
+            answered.setdefault(question, []).append((row["responses"][0], row["finished"][0]))
+    result = []
+    for row in rows:
+        pairs = list(zip(row["responses"], row["finished"], strict=True))
+        question = slot_asked(row["prompt"])
+        if question is not None and len(set(row["responses"])) == 1:
+            draw = random.Random(derive(seed, f"made up: {row['prompt']}"))
+            for place in range(max(1, len(pairs) - 2), len(pairs)):
+                if others := [pair for pair in answered[question] if pair not in pairs]:
+                    pairs[place] = draw.choice(others)
+        result.append({**row, "responses": [text for text, _ in pairs], "finished": [done for _, done in pairs]})
+    return result
 
 
 @dataclass(frozen=True)
@@ -180,7 +204,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of noise, labelers and order (default: 0)")
     options = parser.parse_args(arguments)
     console = Console()
-    samples = list(read_rows(options.samples))
+    samples = contrasted(list(read_rows(options.samples)), options.seed)
     ranked = [look_at(row, options.seed) for row in track(samples, "Reading samples", console=console)]
     deviation = calibrate(ranked)
     rows = judge(ranked, deviation, options.seed)

@@ -4,6 +4,7 @@ Everything else of the task starts from here. Knows nothing of texts, instructio
 """
 
 import functools
+import random
 import re
 from collections.abc import Mapping
 
@@ -66,3 +67,20 @@ def known_places() -> tuple[str, ...]:
     """Every place the data names, as the place described or as its neighbour, sorted."""
     values = known_values()
     return tuple(sorted({*values["name"], *values["near"]}))
+
+
+def extended(sheet: str, draw: random.Random) -> str:
+    """A place about which more is known: every slot the sheet lacks gets a value, or every slot but one.
+
+    Never a sheet of the data: another value is drawn until it is a new one.
+    """
+    facts = dict(parse(sheet))
+    lacking = [slot for slot in SLOTS if slot not in facts]
+    filled = lacking if draw.random() < 0.5 else draw.sample(lacking, max(0, len(lacking) - 1))
+    for _ in range(1000):
+        for slot in filled or SLOTS[1:]:
+            facts[slot] = draw.choice(known_values()[slot])
+        made = " | ".join(f"{slot}: {facts[slot]}" for slot in SLOTS if slot in facts)
+        if facts.get("near") != facts["name"] and made not in known_sheets():
+            return made
+    raise ValueError(f"No sheet that extends {sheet!r} is new.")
