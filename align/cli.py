@@ -7,7 +7,8 @@ import argparse
 import os
 import shutil
 import sys
-from collections.abc import Callable, Collection, Sequence
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -26,7 +27,12 @@ MISTAKE = 2
 
 
 def run(
-    body: Callable[[str, list[str]], int | None], argv: Sequence[str] | None, *, prog: str, description: str, epilog: str
+    body: Callable[[str, list[str]], int | None],
+    argv: Sequence[str] | None,
+    *,
+    prog: str,
+    description: str,
+    epilog: str,
 ) -> int:
     """Runs a command `PROG CONFIG [key=value ...]` and returns its exit code.
 
@@ -70,44 +76,86 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str, epilog: st
 
 
 def is_users_mistake(error: BaseException) -> bool:
-    """True: the message is meant for the user. The package raises ValueError for nothing else, libraries might."""
+    """True: the message is meant for the user. The package and Lightning raise ValueError for nothing else."""
     if isinstance(error, ConfigError | MisconfigurationException):
         return True
-    return _module_that_raised(error.__traceback__).partition(".")[0] == "align"
+    return _module_that_raised(error.__traceback__).partition(".")[0] in ("align", "lightning")
 
 
-def prepare_run_folder(config: DictConfig, keep: Collection[str] = ()) -> Path:
-    """Makes the folder `run_dir` of a checked configuration and writes the resolved configuration into it.
+class RunFolder:
+    """The folder `run_dir` of a checked configuration, with the resolved configuration in it, for a `with` block.
+
+    Unless the run has begun, an error that ends the block leaves everything as it was: a folder that was made is gone,
+    and an earlier run that `overwrite` was to delete is back. So nothing is lost to a mistake that only building the
+    objects or reading the data can show.
 
     A folder that holds nothing but an earlier `config.yaml` is used again: that run never began.
 
     Args:
         config: With `run_dir` and perhaps `overwrite`.
-        keep: Names of files in the folder that do not count and are never deleted.
+        continues: The folder holds a run that is continued: all of it is kept.
+
+    Attributes:
+        path: As the configuration gives it.
 
     Raises:
         ConfigError: The folder is in use and `overwrite` is not set, or is not a run's folder, so is not deleted.
     """
-    folder = Path(config.run_dir)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError([f"run_dir: {folder} is a file, expected a folder or a name that is free"])
-    unimportant = {*keep, "config.yaml"} if is_run(folder) else set(keep)
-    if folder.is_dir() and {item.name for item in folder.iterdir()} - unimportant:
-        if not config.get("overwrite", False):
-            raise ConfigError([f"run_dir: {folder} exists and is not empty; {_how_to_proceed(folder)}"])
-        _empty(folder, keep)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_config(config, folder)
-    except OSError as error:
-        raise ConfigError([f"run_dir: {folder} cannot be written to: {error.strerror}"]) from error
-    return folder
 
+    def __init__(self, config: DictConfig, *, continues: bool = False) -> None:
+        self.path = Path(config.run_dir)
+        self._text = OmegaConf.to_yaml(config, resolve=True)
+        try:
+            self._replaces = not continues and _must_be_replaced(self.path, bool(config.get("overwrite", False)))
+            self._config = (self.path / "config.yaml").read_text(encoding="utf-8") if continues else None
+        except OSError as error:
+            raise ConfigError([f"run_dir: {str(self.path)[:80]} cannot be looked up: {error.strerror}"]) from error
+        self._earlier: Path | None = None
+        self._made: list[Path] = []
+        self._begun = False
 
-def write_config(config: DictConfig, folder: Path) -> None:
-    """Writes the resolved configuration into a run's folder."""
-    text = OmegaConf.to_yaml(config, resolve=True)
-    write_text(folder / "config.yaml", f"{MARK}: the configuration of this run, references resolved.\n{text}")
+    def __enter__(self) -> "RunFolder":
+        real = self.path.resolve()
+        try:
+            if self._replaces:
+                self._earlier = Path(tempfile.mkdtemp(prefix=f".{real.name}.earlier.", dir=real.parent))
+                real.rename(self._earlier)  # onto an empty folder, which makes it one step
+            self._made = [folder for folder in (real, *real.parents) if not folder.exists()]
+            real.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self._undo()
+            raise ConfigError([f"run_dir: {self.path} cannot be made: {error.strerror}"]) from error
+        note = f"{MARK}: the configuration of this run, references resolved.\n"
+        write_text(real / "config.yaml", note + self._text)
+        return self
+
+    def begun(self) -> None:
+        """The run does its work now: from here on what it writes is kept, and an earlier run is deleted."""
+        self._begun = True
+        if self._earlier is not None:
+            shutil.rmtree(self._earlier)
+            self._earlier = None
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.begun()
+        elif not self._begun:
+            self._undo()
+
+    def _undo(self) -> None:
+        real = self.path.resolve()
+        if self._config is not None:
+            write_text(real / "config.yaml", self._config)
+            return
+        if self._earlier is not None:
+            shutil.rmtree(real, ignore_errors=True)
+            self._earlier.rename(real)
+            return
+        for item in list(real.iterdir()) if real.is_dir() else []:
+            shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
+        for folder in self._made:
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def is_run(folder: Path) -> bool:
@@ -142,10 +190,18 @@ def _how_to_proceed(folder: Path) -> str:
     return "no run of align made it, so choose another with run_dir=..."
 
 
-def _empty(folder: Path, keep: Collection[str]) -> None:
-    """Deletes what is in a run's folder, and only that: what is in it must be that run's own."""
+def _must_be_replaced(folder: Path, overwrite: bool) -> bool:
+    """Whether an earlier run is in the folder, which may be deleted: all that is in it must be that run's own."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError([f"run_dir: {folder} is a file, expected a folder or a name that is free"])
+    never_began = {"config.yaml"} if is_run(folder) else set()
+    if not folder.is_dir() or {item.name for item in folder.iterdir()} <= never_began:
+        return False
+    if not overwrite:
+        raise ConfigError([f"run_dir: {folder} exists and is not empty; {_how_to_proceed(folder)}"])
     real = folder.resolve()
-    inner = [file.parent for file in real.rglob("config.yaml") if file.parent != real and is_run(file.parent)]
+    files = real.rglob("config.yaml") if is_run(folder) else ()
+    inner = [file.parent for file in files if file.parent != real and is_run(file.parent)]
     if not is_run(folder):
         reason = "it holds no config.yaml written by align"
     elif inner:
@@ -153,8 +209,5 @@ def _empty(folder: Path, keep: Collection[str]) -> None:
     elif Path.cwd().is_relative_to(real):
         reason = "it is, or holds, the working directory"
     else:
-        for item in real.iterdir():
-            if item.name not in keep:
-                shutil.rmtree(item) if item.is_dir() and not item.is_symlink() else item.unlink()
-        return
+        return True
     raise ConfigError([f"run_dir: {folder} is not deleted, though overwrite=true: {reason}; choose another run_dir"])

@@ -1,21 +1,21 @@
-"""One YAML a run: read it with overrides, report every error at once, build the objects it names.
+"""One YAML a run: read it with overrides, report every error at once.
 
-`read` -> `check` -> `build`. A mapping with `_target_: dotted.path` is built by calling that class or function with the
-other keys as arguments, so its signature is the schema (see `schema`).
+`read` -> `check` -> `align.build.build`. A mapping with `_target_: dotted.path` is built by calling that class or
+function with the other keys as arguments, so its signature is the schema (see `schema`).
 Nothing is loaded before `check` has found no error. What the parts of a run mean is left to the objects built.
 """
 
-import traceback
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from inspect import Parameter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
+from pydantic import Field
 
 from align import inputs, schema
 from align import overrides as command_line
@@ -24,7 +24,7 @@ from align.schema import TARGET, join
 
 FIT_KEYS: Mapping[str, Any] = {
     "run_dir": str,
-    "seed": int,
+    "seed": Annotated[int, Field(ge=0, lt=2**32)],
     "overwrite": bool,
     "resume": Literal["auto", "never", "force"],
     "tokenizer": Any,
@@ -135,41 +135,6 @@ def check(
         raise ConfigError(checker.errors)
 
 
-def build(node: Any, path: str = "") -> Any:
-    """What a node describes: nested `_target_` nodes first, each called with keyword arguments.
-
-    Plain mappings and lists come back as dict and list, other values as they are. Plain arguments take the form their
-    annotation asks for (`1` becomes `1.0` where a float is wanted, a list becomes a tuple).
-
-    Args:
-        node: Of a checked configuration.
-        path: Where it stands, for error messages.
-
-    Raises:
-        ConfigError: A constructor raised ValueError or could not read a file.
-    """
-    if isinstance(node, DictConfig | ListConfig):
-        node = OmegaConf.to_container(node, resolve=True)
-    if isinstance(node, list):
-        return [build(value, join(path, number)) for number, value in enumerate(node)]
-    if not isinstance(node, dict):
-        return node
-    values = {key: build(value, join(path, key)) for key, value in node.items() if key != TARGET}
-    if TARGET not in node:
-        return values
-    try:
-        target = schema.find_target(node[TARGET])
-        parameters, _ = schema.parameters(target)
-        for key, parameter in parameters.items():
-            if key in node and not _holds_node(node[key]):
-                values[key] = schema.conform(parameter.annotation, values[key])
-        return target(**values)
-    except ConfigError:
-        raise
-    except (ValueError, OSError) as error:
-        raise ConfigError([f"{path or node[TARGET]}: {error}{_raised_at(error)}"]) from error
-
-
 def _load(path: Path) -> DictConfig:
     try:
         config = OmegaConf.load(path)
@@ -183,8 +148,10 @@ def _load(path: Path) -> DictConfig:
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
         context = f" {error.context}{f' (from line {begins.line + 1})' if begins else ''}" if error.context else ""
         raise ConfigError([f"{path}{place}: not valid YAML: {error.problem}{context}"]) from error
-    except (yaml.YAMLError, OmegaConfBaseException) as error:
+    except (yaml.YAMLError, OmegaConfBaseException, ValueError) as error:  # ValueError: a number of too many digits
         raise ConfigError([f"{path}: {str(error).splitlines()[0]}"]) from error
+    except RecursionError as error:
+        raise ConfigError([f"{path}: nested too deeply to be a configuration"]) from error
     except OSError as error:  # how OmegaConf says that the file holds a single number
         raise ConfigError([f"{path}: expected a mapping of keys to values: {error}"]) from error
     if not isinstance(config, DictConfig):
@@ -220,7 +187,7 @@ class _Checker:
         self,
         kind: str,
         parameters: Mapping[str, Parameter],
-        values: Mapping[str, Any],
+        values: Mapping[Any, Any],
         path: str,
         takes_any: bool = False,
     ) -> None:
@@ -255,6 +222,9 @@ class _Checker:
         if precision == AUTO:
             del left["precision"]
         self.bind("argument of the Trainer", known, left, "trainer")
+        between = values.get("check_val_every_n_epoch")
+        if isinstance(between, int) and between < 1:  # Lightning divides by it
+            self.errors.append(f"trainer.check_val_every_n_epoch: got {between}, expected at least 1")
         if isinstance(precision, str) and precision.endswith("-true") and precision != "32-true":
             remedy = "use 16-mixed or bf16-mixed, or set dtype: bfloat16 where a model is loaded"
             self.errors.append(f"trainer.precision: got {precision}, which would convert data as well; {remedy}")
@@ -273,7 +243,7 @@ class _Checker:
             known = {key: Parameter(key, Parameter.KEYWORD_ONLY, default=None) for key in sorted(wandb_settings())}
             self.bind("argument of wandb.init", known, settings, "loggers.wandb")
 
-    def _node(self, dotted: Any, values: dict[str, Any], path: str, *, sound: bool) -> schema.Node:
+    def _node(self, dotted: Any, values: dict[Any, Any], path: str, *, sound: bool) -> schema.Node:
         before = len(self.errors)
         try:
             if isinstance(dotted, _Unknown):
@@ -327,6 +297,12 @@ class _Checker:
         except OmegaConfBaseException as error:
             self.errors.append(f"{path}: {schema.reason(error)}")
             return _Unknown()
+        if isinstance(value, str) and not inputs.can_be_written(value):
+            self.errors.append(f"{path}: {value[:80]!r} holds a null byte or half a character, as no file or name can")
+            return _Unknown()
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            self.errors.append(f"{path}: got a number of {len(str(abs(value)))} digits, expected one of 64 bits")
+            return _Unknown()
         if not isinstance(value, DictConfig | ListConfig):
             return value
         if id(value) in (*parents, id(node)):
@@ -338,19 +314,6 @@ class _Checker:
             self.shared.add(path)
             del self.errors[before:]
         return found
-
-
-def _raised_at(error: Exception) -> str:
-    """The place of an error that a library or a user's own class raised; ours say all that is needed."""
-    frame = traceback.extract_tb(error.__traceback__)[-1]
-    own = Path(frame.filename).is_relative_to(Path(__file__).parent)
-    return "" if own else f" (raised in {frame.filename}, line {frame.lineno})"
-
-
-def _holds_node(value: Any) -> bool:
-    if isinstance(value, dict):
-        return TARGET in value or any(_holds_node(item) for item in value.values())
-    return isinstance(value, list) and any(_holds_node(item) for item in value)
 
 
 def _leaves(value: Any) -> list[Any]:

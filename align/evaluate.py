@@ -18,8 +18,8 @@ from transformers import PreTrainedModel
 
 from align import cli, measure, seeds, tables
 from align.bootstrap import cluster_sums, mean_intervals, ratio_intervals
+from align.build import arguments, build
 from align.callbacks.tables import response_texts
-from align.config import build
 from align.data.base import Encoded, filler, sequences
 from align.data.comparisons import ComparisonData
 from align.data.demonstrations import encode_demonstrations
@@ -147,12 +147,13 @@ def evaluate(path: str, overrides: Sequence[str]) -> None:
     """
     start = time.monotonic()
     config = read_checked(path, overrides, Evaluation)
-    run_dir = cli.prepare_run_folder(config)
-    plan = Evaluation(**build(config))
-    with torch.no_grad():
-        results = Measuring(plan).results()
-    temperatures = {name: sampler.temperature for name, sampler in plan.samplers.items()}
-    tables.write(run_dir, results, reference=plan.reference, win_by=plan.win_by, temperatures=temperatures)
+    with cli.RunFolder(config) as folder:
+        run_dir = folder.path
+        plan = Evaluation(**arguments(Evaluation, config))
+        with torch.no_grad():
+            results = Measuring(plan).results()
+        temperatures = {name: sampler.temperature for name, sampler in plan.samplers.items()}
+        tables.write(run_dir, results, reference=plan.reference, win_by=plan.win_by, temperatures=temperatures)
     print(f"{run_dir}: {len(plan.models)} models in {time.monotonic() - start:.0f} s; every text is in texts.jsonl")
 
 

@@ -14,16 +14,17 @@ from typing import Any
 
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
 from align import cli, interrupt, loggers, precision, resume
 from align.atomic import folder_written_whole
+from align.build import build
 from align.callbacks.checkpoint import Checkpoints
 from align.checkpoints import VerifiedCheckpointIO
-from align.config import AUTO, ConfigError, build, check, read
+from align.config import AUTO, FIT_KEYS, ConfigError, check, read
 from align.data.base import AlignData
 from align.interrupt import Interrupted
 
@@ -55,7 +56,7 @@ examples:
 In a W&B sweep give each trial its own folder: 'run_dir=runs/sweep/${oc.env:WANDB_RUN_ID}'
 
 a run that was stopped:
-  The same command continues it, to the same bits. Another configuration is refused; resume=force continues all the same,
+  The same command continues it, to the same bits. Another configuration is refused; resume=force continues even so,
   overwrite=true begins anew. resume=never only ever begins. SIGTERM and SIGUSR1 save the state before the run ends.
 
 exit codes: 0 trained, 2 a mistake in the configuration or the data (nothing to debug), 75 ended by a signal: start it
@@ -77,7 +78,6 @@ UNHELPFUL_WARNINGS = (
     ".*Checkpoint directory .* exists and is not empty.*",
     ".*module.*in eval mode at the start of training.*",  # frozen copies are meant to be
     ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # between Lightning and PyTorch
-    ".*Using ModelCheckpoint with manual optimization.*",  # the state after the step is the one to save
     ".*smaller than the logging interval.*",
     ".*Total length of `list` across ranks is zero.*",  # no validation data, as configured
     ".*You passed in a `val_dataloader` but have no `validation_step`.*",  # PPO: the data family always offers one
@@ -103,77 +103,92 @@ def fit(path: str, overrides: Sequence[str]) -> int | None:
         ConfigError: The user's mistakes, as far as they show before training.
         CheckpointError: A checkpoint could not be written.
     """
-    begun = time.monotonic()
+    began = time.monotonic()
     config = read(path, overrides)
     check(config)
     with resume.locked(Path(config.run_dir)):
         start = resume.decide(config)
+        run_dir = Path(config.run_dir)
         if start.finished:
-            print(f"{start.folder}: finished, at step {start.step}; model in {start.folder / 'hf'}. {ANEW}")
+            print(f"{run_dir}: finished, at step {start.step}; model in {run_dir / 'hf'}. {ANEW}")
             return None
         try:
             with interrupt.listening(), _quiet_lightning():
                 step = _train(config, start)
         except Interrupted as signal:
-            print(f"{start.folder}: ended by {signal}; the same command continues it", flush=True)
+            print(f"{run_dir}: ended by {signal}; the same command continues it", flush=True)
             return interrupt.AGAIN
-        resume.finish(start.folder, step)
-    took = _duration(time.monotonic() - begun)
-    print(f"{start.folder}: trained in {took}; model in {start.folder / 'hf'}{_log(start.folder)}")
+        resume.finish(run_dir, step)
+    took = _duration(time.monotonic() - began)
+    print(f"{run_dir}: trained in {took}; model in {run_dir / 'hf'}{_log(run_dir)}")
     return None
 
 
 def _train(config: DictConfig, start: resume.Start) -> int:
     """Builds, trains from the given start, and exports; returns the number of optimizer steps done in all."""
-    folder = start.folder
-    seed_everything(config.seed, workers=True, verbose=False)
-    data, module = build_parts(config)
-    if config.get("resume") == "force" and isinstance(data, AlignData):
-        data.may_change = True
-    with loggers.opened(build(config.get("loggers") or {}, "loggers"), folder, _plain(config)) as opened:
-        trainer = build_trainer(config, folder, opened)
-        print(f"{folder}: {_size(module)} on {trainer.strategy.root_device}, {trainer.precision}", flush=True)
-        for note in start.notes:
-            print(f"{folder}: {note}", flush=True)
-        if start.checkpoint is not None:
-            print(f"{folder}: continues from step {start.step} ({start.checkpoint.name})", flush=True)
-        trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
-    export(module, folder / "hf")
+    with cli.RunFolder(config, continues=start.continues) as folder:
+        run_dir = folder.path
+        seed_everything(config.seed, workers=True, verbose=False)
+        data, module = build_parts(config)
+        if config.get("resume") == "force" and isinstance(data, AlignData):
+            data.may_change = True
+        with loggers.opened(
+            build(config.get("loggers") or {}, "loggers", FIT_KEYS["loggers"]), run_dir, _plain(config)
+        ) as opened:
+            trainer = build_trainer(config, folder, opened)
+            print(f"{run_dir}: {_size(module)} on {trainer.strategy.root_device}, {trainer.precision}", flush=True)
+            for note in start.notes:
+                print(f"{run_dir}: {note}", flush=True)
+            trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
+        export(module, run_dir / "hf")
     return trainer.global_step
 
 
 def build_parts(config: DictConfig) -> tuple[LightningDataModule, LightningModule]:
     """The data and the module of a checked configuration."""
-    data, module = build(config.data, "data"), build(config.module, "module")
+    data, module = (build(config[key], key, FIT_KEYS[key]) for key in ("data", "module"))
     if not callable(getattr(module, "export", None)):
         raise ConfigError([f"module: {type(module).__name__} has no method export(folder), so nothing could be kept"])
     return data, module
 
 
-def build_trainer(config: DictConfig, run_dir: Path, opened: list[Logger]) -> Trainer:
+def build_trainer(config: DictConfig, folder: cli.RunFolder, opened: list[Logger]) -> Trainer:
     """Lightning's Trainer with the configuration's arguments and callbacks, writing into the run folder only."""
+    run_dir = folder.path
     arguments = {**TRAINER_DEFAULTS, **build(config.trainer, "trainer")}
     if arguments["devices"] == "auto":
         arguments["devices"] = 1
     if arguments.get("precision") == AUTO:
         arguments["precision"] = precision.fastest(arguments.get("accelerator", "auto"))
-    callbacks = [item for item in build(config.get("callbacks") or {}, "callbacks").values() if item is not None]
+    chosen = build(config.get("callbacks") or {}, "callbacks", FIT_KEYS["callbacks"])
+    callbacks = [item for item in chosen.values() if item is not None]
     shows_progress = any(isinstance(item, ProgressBar) for item in callbacks)
     if not shows_progress and arguments.get("enable_progress_bar", True) is not False:
         callbacks.append(loggers.RunProgressBar())
     if not any(isinstance(item, Checkpoints) for item in callbacks):
         callbacks.append(Checkpoints())
+    callbacks.append(_Begins(folder))  # the last, since the others may find mistakes at the start of training
     try:
         return Trainer(
             **arguments,
             callbacks=callbacks,
             logger=opened or False,
-            plugins=[*arguments.pop("plugins", None) or [], VerifiedCheckpointIO()],
+            plugins=[*(arguments.pop("plugins", None) or []), VerifiedCheckpointIO()],
             default_root_dir=run_dir,
             use_distributed_sampler=False,
         )
-    except (ValueError, MisconfigurationException) as error:
+    except (ValueError, MisconfigurationException, ImportError) as error:
         raise ConfigError([f"trainer: {error}"]) from error
+
+
+class _Begins(Callback):
+    """Tells the run folder that training begins: all objects are built and all data is read."""
+
+    def __init__(self, folder: cli.RunFolder) -> None:
+        self.folder = folder
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.folder.begun()
 
 
 def export(module: LightningModule, folder: Path) -> None:

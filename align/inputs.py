@@ -21,6 +21,20 @@ def complaint(name: str, marks: set[str], run_dir: object) -> str | None:
     """
     if not marks & {paths.DATA, paths.MODEL}:
         return None
+    try:
+        return _complaint(name, marks, run_dir)
+    except (OSError, RuntimeError) as error:  # too long a name; a home that nobody has; a circle of links
+        return f"{name[:80]} cannot be looked up: {error}"
+
+
+def can_be_written(text: str) -> bool:
+    """Whether a text can be in a file or be a file's name."""
+    return "\0" not in text and text.encode(errors="ignore").decode() == text
+
+
+def _complaint(name: str, marks: set[str], run_dir: object) -> str | None:
+    if not name.strip():
+        return f"got {name!r}, expected a path or a hub name"
     path = Path(name).expanduser()
     if paths.DATA in marks and not path.exists() and ":" in path.name:
         path = path.with_name(path.name.rpartition(":")[0])

@@ -19,6 +19,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import Logger, WandbLogger
+from wandb.errors import UsageError
 
 from align.atomic import write_text
 from align.metrics_file import MetricsFile
@@ -145,7 +146,10 @@ def _start_wandb(settings: Mapping[str, Any], run_dir: Path, config: dict[str, A
     identity = run_dir / WANDB_ID
     if "id" not in arguments and identity.exists():
         arguments |= {"id": identity.read_text(encoding="utf-8").strip(), "resume": "allow"}
-    run = wandb.init(dir=run_dir, config=config, **arguments)
+    try:
+        run = wandb.init(dir=run_dir, config=config, **arguments)
+    except (ValueError, UsageError) as error:
+        raise ValueError(f"loggers.wandb: W&B refuses its settings: {error}") from error
     write_text(identity, f"{run.id}\n")
     run.define_metric("trainer/global_step")
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)

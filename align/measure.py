@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align import seeds
 from align.bootstrap import Interval
-from align.config import build
+from align.build import build
 from align.data.base import Encoded, compact, filler, padded
 from align.data.comparisons import ComparisonData
 from align.data.sources import Source, origin, read

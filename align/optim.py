@@ -52,6 +52,8 @@ class Optim:
         betas = arguments.get("betas", (0.9, 0.95))
         if isinstance(betas, Sequence) and len(betas) != 2:
             errors.append(f"betas: got {len(betas)} numbers, expected 2, such as [0.9, 0.95]")
+        elif isinstance(betas, Sequence) and not all(0 <= beta < 1 for beta in betas):
+            errors.append(f"betas: got {list(betas)}, expected two numbers from 0 to below 1, such as [0.9, 0.95]")
         return errors
 
     def fraction(self, step: int, steps: int) -> float:

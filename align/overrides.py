@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from align import schema
+from align import inputs, schema
 
 
 def apply(config: DictConfig, text: str, known_keys: Collection[str]) -> None:
@@ -24,6 +24,8 @@ def apply(config: DictConfig, text: str, known_keys: Collection[str]) -> None:
     key, sign, raw = text.removeprefix("--").partition("=")
     if not sign or not key:
         raise schema.Mismatch(f"{text!r}: expected key=value or --key=value")
+    if not inputs.can_be_written(text):
+        raise schema.Mismatch(f"{text[:80]!r}: holds a null byte or half a character; is the terminal set to UTF-8?")
     value = _parse(key, raw)
     parts = key.replace("[", ".").replace("]", "").split(".")
     node: Any = config
@@ -85,5 +87,7 @@ def _parse(key: str, raw: str) -> Any:
     except yaml.MarkedYAMLError as error:
         raise schema.Mismatch(f"{key}: {raw!r} is not a YAML value: {error.problem}") from error
     except OmegaConfBaseException as error:
-        raise schema.Mismatch(f"{key}: {raw!r}: {schema.reason(error)}") from error
+        raise schema.Mismatch(f"{key}: {raw[:80]!r}: {schema.reason(error)}") from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # control characters, endless digits, [[[[...
+        raise schema.Mismatch(f"{key}: {raw[:80]!r} is not a YAML value: {str(error).splitlines()[0]}") from error
     return OmegaConf.to_container(parsed, resolve=False)["value"]  # type: ignore[index, call-overload]

@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -19,11 +19,8 @@ from align import atomic, checkpoints, cli, schema
 from align.config import ConfigError
 from align.schema import TARGET, join
 
-Resume = Literal["auto", "never", "force"]
-
 CHECKPOINTS = "checkpoints"
 FINISHED = "finished.json"
-LOCK = ".lock"
 
 HARMLESS = ("run_dir", "overwrite", "resume", "loggers")
 """Keys that change nothing that is computed."""
@@ -42,53 +39,63 @@ HARMLESS_CALLBACKS = ("align.callbacks.checkpoint.", "align.callbacks.tables.", 
 class Start:
     """How a run begins."""
 
-    folder: Path
-    checkpoint: Path | None
+    continues: bool = False
+    """The folder holds a part of this run already."""
+    checkpoint: Path | None = None
     """To continue from; None begins at step 0."""
-    step: int
-    notes: tuple[str, ...]
+    step: int = 0
+    """Optimizer steps done."""
+    notes: tuple[str, ...] = ()
     """What the user should be told."""
     finished: bool = False
     """There is nothing left to do."""
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder is this process's alone. The lock goes with the process, however that ends.
+def locked(run_dir: Path) -> Iterator[None]:
+    """The run folder is this process's alone. The lock, a file beside the folder, goes with the process.
 
     Raises:
-        ConfigError: Another process has it.
+        ConfigError: Another process has it, or there can be none.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / LOCK, "a+", encoding="utf-8") as file:
+    real = run_dir.resolve()
+    made = [folder for folder in real.parents if not folder.exists()]
+    lock = real.with_name(f".{real.name}.lock")
+    try:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        file = open(lock, "a+", encoding="utf-8")  # noqa: SIM115  (closed by the block below)
+    except OSError as error:
+        raise ConfigError([f"run_dir: {str(run_dir)[:80]} cannot be made: {error.strerror}"]) from error
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             file.seek(0)
-            raise ConfigError(
-                [f"run_dir: {folder} is in use by {file.read().strip() or 'another process'}; wait, or end that run"]
-            ) from error
+            holder = file.read().strip() or "another process"
+            raise ConfigError([f"run_dir: {run_dir} is in use by {holder}; wait, or end that run"]) from error
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            for folder in made:
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
 
 
 def decide(config: DictConfig) -> Start:
-    """Looks at the run folder of a checked configuration and prepares it: afterwards it holds this config.yaml.
+    """Looks at the run folder of a checked configuration, and removes from it what a killed process left unfinished.
 
     Raises:
-        ConfigError: The folder holds something that must not be touched, or a run of another configuration, or one of
-            which no checkpoint is whole.
+        ConfigError: The folder holds a run of another configuration, or one of which no checkpoint is whole.
     """
     folder = Path(config.run_dir)
-    resume: Resume = config.get("resume") or "auto"
-    if config.get("overwrite") or resume == "never" or not _holds_a_run(folder):
-        return Start(cli.prepare_run_folder(config, keep=(LOCK,)), None, 0, ())
-    saved = OmegaConf.load(folder / "config.yaml")
-    changed = differences(_plain(saved), _plain(config))
-    notes = [f"changed since: {line}" for line in changed]
-    if changed and resume != "force":
+    if config.get("overwrite") or config.get("resume") == "never" or not _holds_a_run(folder):
+        return Start()
+    changed = differences(_plain(OmegaConf.load(folder / "config.yaml")), _plain(config))
+    if changed and config.get("resume") != "force":
         raise ConfigError(
             [
                 f"run_dir: {folder} holds a run of another configuration; resume=force continues it all the same, "
@@ -98,16 +105,15 @@ def decide(config: DictConfig) -> Start:
         )
     if (folder / FINISHED).exists():
         step = json.loads((folder / FINISHED).read_text(encoding="utf-8"))["step"]
-        return Start(folder, None, step, (), finished=True)
+        return Start(continues=True, step=step, finished=True)
     checkpoint, damaged = checkpoints.newest_good(folder / CHECKPOINTS)
-    notes += checkpoints.described(damaged)
+    notes = [*(f"changed: {line}" for line in changed), *checkpoints.described(damaged)]
     if checkpoint is None and damaged:
-        raise ConfigError(
-            [f"run_dir: {folder} has no whole checkpoint; overwrite=true begins the run anew", *notes]
-        )
+        raise ConfigError([f"run_dir: {folder} has no whole checkpoint; overwrite=true begins anew", *notes])
     _tidy(folder, checkpoint, damaged)
-    cli.write_config(config, folder)
-    return Start(folder, checkpoint, checkpoints.step_of(checkpoint) if checkpoint else 0, tuple(notes))
+    step = checkpoints.step_of(checkpoint) if checkpoint else 0
+    notes.append(f"continues from step {step}" if checkpoint else "was stopped before its first checkpoint, begins again")
+    return Start(continues=True, checkpoint=checkpoint, step=step, notes=tuple(notes))
 
 
 def finish(folder: Path, step: int) -> None:
@@ -134,10 +140,8 @@ def _shown(leaves: Mapping[str, Any], key: str) -> str:
 
 
 def _holds_a_run(folder: Path) -> bool:
-    """Whether there is more than a lock and a configuration, and align wrote it."""
-    if not folder.is_dir() or not cli.is_run(folder):
-        return False
-    return bool({item.name for item in folder.iterdir()} - {"config.yaml", LOCK})
+    """Whether align wrote what is in the folder, and there is more than a configuration."""
+    return cli.is_run(folder) and any(item.name != "config.yaml" for item in folder.iterdir())
 
 
 def _tidy(folder: Path, checkpoint: Path | None, damaged: list[checkpoints.Damage]) -> None:

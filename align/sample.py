@@ -20,8 +20,9 @@ from rich.text import Text
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align import atomic, cli, schema, seeds
+from align.build import arguments
 from align.callbacks.tables import response_texts
-from align.config import ConfigError, build, check, read
+from align.config import ConfigError, check, read
 from align.data.prompts import encode_prompts
 from align.data.sources import Source
 from align.data.sources import read as read_source
@@ -93,6 +94,8 @@ class Sampling:
         if isinstance(out, str):
             if not out.endswith(".jsonl") or Path(out).is_dir():
                 errors.append(f"out: got {out!r}, expected the name of a .jsonl file")
+            elif blocked := next((folder for folder in Path(out).parents if folder.is_file()), None):
+                errors.append(f"out: {out} cannot be written, since {blocked} is a file; choose another folder")
             elif out in (prompts if isinstance(prompts, list) else [prompts]):
                 errors.append(f"out: {out} is also where the prompts come from, and would be replaced")
         if isinstance(k, int) and k > 1 and isinstance(sampler, dict) and sampler.get("temperature") == 0:
@@ -115,7 +118,7 @@ def sample(path: str, overrides: Sequence[str]) -> None:
     Raises:
         ConfigError: The user's mistakes.
     """
-    plan = Sampling(**build(read_checked(path, overrides, Sampling)))
+    plan = Sampling(**arguments(Sampling, read_checked(path, overrides, Sampling)))
     rows = read_source(plan.prompts)[: plan.limit]
     prompts = encode_prompts(plan.tokenizer, rows, plan.max_prompt_tokens)
     frozen(plan.model).to(default_device())  # type: ignore[arg-type]

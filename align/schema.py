@@ -5,10 +5,12 @@ Values are checked strictly (pydantic): `1` is fine for a float, `true` is no in
 """
 
 import difflib
+import functools
 import importlib
 import inspect
 import os
 import pkgutil
+import traceback
 import types
 from collections import abc
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -34,6 +36,9 @@ CONTAINERS: Mapping[Any, type] = {
 }  # fmt: skip
 """Annotations that a YAML list or mapping satisfies."""
 
+
+CHECKING = ConfigDict(strict=True, arbitrary_types_allowed=True, allow_inf_nan=False)
+"""Numbers are finite: not one of a run's numbers means anything as infinity or NaN."""
 
 TARGET = "_target_"
 """The key that makes a mapping the description of an object."""
@@ -63,8 +68,15 @@ class Node:
     """
 
     produces: type | None
-    arguments: dict[str, Any]
+    arguments: dict[Any, Any]
     sound: bool
+
+
+IMPORT_FAILURES = (
+    ImportError, SyntaxError, SystemExit, NameError, AttributeError, TypeError, ValueError, LookupError, OSError,
+    RuntimeError, ArithmeticError, AssertionError,
+)  # fmt: skip
+"""What a module's own lines may raise when it is imported; a script without a guard for `__main__` even exits."""
 
 
 def suggestion(name: object, options: Iterable[object]) -> str:
@@ -115,6 +127,8 @@ def find_target(dotted: object) -> Callable[..., Any]:
             )
     if not callable(found):
         raise Mismatch(f"{dotted} is a {type(found).__name__}, expected a class or a function")
+    if _is_abstract(found):
+        raise Mismatch(f"{dotted} only describes what classes of its kind have in common; name one of those")
     return found
 
 
@@ -153,7 +167,7 @@ def conform(annotation: Any, value: Any) -> Any:
         Mismatch: It does not fit.
     """
     try:
-        adapter = TypeAdapter(_checkable(annotation), config=ConfigDict(strict=True, arbitrary_types_allowed=True))
+        adapter = _adapter(annotation)
     except PydanticUserError:  # an annotation that pydantic cannot read is not the user's mistake
         return value
     try:
@@ -196,16 +210,22 @@ def type_name(annotation: Any) -> str:
     return f"{name}[{inner}]" if inner else name
 
 
+def _is_abstract(found: Any) -> bool:
+    """Whether it is a class that cannot be built: one with methods to fill in, a protocol, or a mere annotation."""
+    return found is Any or inspect.isabstract(found) or bool(getattr(found, "_is_protocol", False))
+
+
 def _import(name: str) -> Any:
     """The module, or None where there is none of that name."""
     try:
         return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name == name:
+    except IMPORT_FAILURES as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == name:
             return None
-        raise Mismatch(f"importing {name} failed: {error}") from error
-    except ImportError as error:
-        raise Mismatch(f"importing {name} failed: {error}") from error
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        own = "" if isinstance(error, ImportError | SyntaxError) else f" ({frame.filename}, line {frame.lineno})"
+        said = str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
+        raise Mismatch(f"importing {name} failed: {said}{own}") from error
 
 
 def _names_in(parent: Any) -> list[str]:
@@ -218,6 +238,11 @@ def _signature(target: Callable[..., Any]) -> inspect.Signature:
         return inspect.signature(target, eval_str=True)
     except (NameError, AttributeError, TypeError, SyntaxError):  # names only a type checker can see: left as strings
         return inspect.signature(target)
+
+
+@functools.cache
+def _adapter(annotation: Any) -> TypeAdapter:
+    return TypeAdapter(_checkable(annotation), config=CHECKING)
 
 
 def _checkable(annotation: Any) -> Any:
@@ -249,7 +274,7 @@ def _instance_check(wanted: type) -> Callable[[Any], Any]:
             else:
                 fits = isinstance(value, wanted)
         except TypeError:  # a protocol that only a type checker can check; no plain value is meant to follow one
-            fits = isinstance(value, Node)
+            fits = not isinstance(value, bool | int | float | str | bytes | list | dict | None)
         if not fits:
             raise PydanticCustomError("instance_type", "no instance")
         return value

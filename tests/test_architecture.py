@@ -26,7 +26,7 @@ LAYERS = (
     ("rollout",),
     ("modules",),
     ("callbacks",),
-    ("schema", "inputs", "overrides", "loggers", "config", "cli"),
+    ("schema", "inputs", "overrides", "loggers", "config", "build", "cli", "precision"),
     ("measure", "tables", "fit", "sample", "evaluate"),
 )
 """Files and packages of align, the lowest first. Each may import what stands in its own layer and below."""

@@ -76,6 +76,8 @@ def _read_path(path: str) -> Iterator[Example]:
 def _read_json_lines(path: str) -> Iterator[Example]:
     if not os.path.isfile(path):
         raise ValueError(f"{path}: no such file (looked from {os.getcwd()})")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"{path}: cannot be read, since its permissions forbid it")
     number = 0
     with gzip.open(path) if path.endswith(".gz") else open(path, "rb") as lines:
         try:
@@ -95,9 +97,21 @@ def _parse(line: bytes, where: str) -> dict[str, Any]:
         raise ValueError(
             f"{where}: not valid JSON: {error.msg} at column {error.colno}; the line reads {error.doc[:80]!r}"
         ) from None
+    except (ValueError, RecursionError) as error:  # a number of too many digits; brackets without end
+        raise ValueError(f"{where}: not readable JSON: {error}") from None
     if not isinstance(row, dict):
         raise ValueError(f'{where}: expected a JSON object such as {{"prompt": ...}}, got {type(row).__name__}')
+    if rb"\u" in line and not _has_whole_characters(row):
+        raise ValueError(
+            f"{where}: holds half a character (a lone surrogate such as \\ud800); remove it or write it whole"
+        )
     return row
+
+
+def _has_whole_characters(row: dict[str, Any]) -> bool:
+    """JSON's escapes can write half of a character, which no tokenizer and no file takes."""
+    text = json.dumps(row, ensure_ascii=False)
+    return text.encode(errors="ignore").decode() == text
 
 
 def _read_dataset(path: str) -> Iterator[Example]:

@@ -6,11 +6,11 @@ The prompt and each response are separate pieces and are tokenised apart, so tha
 training, in scoring and when a model is asked to answer it.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from align.data.sources import origin
@@ -27,6 +27,9 @@ FORMATS = """
   {chosen, rejected}                    two conversations (lists of messages) or two Anthropic HH transcripts
   {transcript}                          one Anthropic HH transcript
 A prompt may also be a list of messages."""
+
+LARGEST = 2.0**127
+"""No score is larger, so that each is finite as a float32."""
 
 Message = dict[str, Any]
 Text = str | list[Message]
@@ -173,7 +176,10 @@ class Templates:
                 f"{origin(row)}: the example holds messages, but the tokenizer has no chat template; use a tokenizer "
                 "with one (tokenizer.chat_template) or write the example as prompt and response"
             )
-        return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking))
+        try:
+            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asking))
+        except TemplateError as error:
+            raise ValueError(f"{origin(row)}: the tokenizer's chat template refuses the messages: {error}") from error
 
     def _require_prefix(self, row: dict[str, Any], start: str, whole: str) -> None:
         if not whole.startswith(start):
@@ -187,7 +193,7 @@ class Templates:
 
     def _messages(self, row: dict[str, Any], messages: Any) -> list[Message]:
         good = isinstance(messages, Sequence) and not isinstance(messages, str) and len(messages) > 0
-        if not good or not all(isinstance(item, dict) and {"role", "content"} <= item.keys() for item in messages):
+        if not good or not all(_is_message(item) for item in messages):
             raise ValueError(
                 f"{origin(row)}: expected a list of messages like {{'role': 'user', 'content': 'Hi'}}, "
                 f"got {_shown(messages)}"
@@ -251,6 +257,11 @@ def whole_text(row: dict[str, Any]) -> Piece:
     return Piece(row["text"], special=True, learned=True, close=True)
 
 
+def _is_message(item: Any) -> bool:
+    """Whether it has a role and a content, both text: templates write anything else as Python does, `None` as well."""
+    return isinstance(item, dict) and all(isinstance(item.get(key), str) for key in ("role", "content"))
+
+
 def _split_transcript(row: dict[str, Any], text: Any) -> tuple[str, str]:
     place = text.rfind(ASSISTANT) if isinstance(text, str) else -1
     if place < 0:
@@ -268,7 +279,7 @@ def _scores(row: dict[str, Any]) -> tuple[float, ...]:
     if not isinstance(given, Sequence) or len(given) != len(responses):
         raise ValueError(f"{origin(row)}: {len(responses)} responses need as many {key}, got {_shown(given)}")
     for value in given:
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= LARGEST:
             raise ValueError(f"{origin(row)}: {key} must be finite numbers, got {_shown(given)}")
     return tuple(sign * value for value in given)
 

@@ -30,8 +30,6 @@ def attend(
 def use_attend(model: PreTrainedModel) -> None:
     """Lets a model that would use `sdpa` use `attend`; others keep what they have."""
     if model.config._attn_implementation == "sdpa":
+        AttentionInterface.register(NAME, attend)
+        AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)
-
-
-AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, sdpa_mask)

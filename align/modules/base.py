@@ -71,8 +71,10 @@ class AlignModule(L.LightningModule):
 
     def configure_optimizers(self) -> dict[str, Any]:
         """One optimizer for all networks: with several, `global_step` would count each one's steps."""
-        steps = int(self.trainer.estimated_stepping_batches)
-        optimizer, schedule = self.optim.build(self.networks(), steps=steps, lrs=self.learning_rates())
+        steps = self.trainer.estimated_stepping_batches
+        if steps == float("inf"):
+            raise ValueError("trainer: has no last step, which the schedule must know; set max_epochs or max_steps")
+        optimizer, schedule = self.optim.build(self.networks(), steps=int(steps), lrs=self.learning_rates())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def accumulate(self, pieces: Iterable[tuple[Tensor, Stats]]) -> Stats:

@@ -9,7 +9,8 @@ from config_targets import HERE, YAML, Fussy, Loud, Module, Recipe, errors_of, o
 from omegaconf import OmegaConf
 
 from align import schema
-from align.config import FIT_KEYS, ConfigError, build, check, read
+from align.build import build
+from align.config import FIT_KEYS, ConfigError, check, read
 from align.paths import ModelPath
 
 

@@ -305,7 +305,7 @@ def tables() -> dict[str, list[dict[str, Any]]]:
 def test_splits_share_no_sheet(tables: dict[str, list[dict[str, Any]]]):
     of = {name: {row["sheet"] for row in tables[f"demonstrations.{name}"]} for name in sheets.SPLITS}
     assert not of["train"] & of["valid"] | of["train"] & of["test"] | of["valid"] & of["test"]
-    assert {row["sheet"] for row in tables["prompts.train"]} <= of["train"]
+    assert not {row["sheet"] for row in tables["prompts.train"]} & (of["valid"] | of["test"])
     judged = {row["sheet"] for row in tables["rankings.human.train"]}
     asked = {row["sheet"] for row in tables["prompts.test"]}
     assert asked | judged <= of["test"]
@@ -329,8 +329,6 @@ def test_prompts_are_distinct_and_mixed_as_stated(tables: dict[str, list[dict[st
         kinds = [row["category"] for row in tables[f"demonstrations.{name}"]]
         asked_for = kinds.count("question") + kinds.count("unanswerable")
         assert asked_for / kinds.count("describe") == pytest.approx(0.25, abs=1e-3)
-        checks = prepare.CHECKS_A_TEXT if name == "train" else 0.0
-        assert kinds.count("check") / kinds.count("describe") == pytest.approx(checks, abs=1e-3)
     kinds = [row["category"] for row in tables["prompts.test"]]
     assert kinds.count("question") == kinds.count("unanswerable") == prepare.TEST_QUESTIONS
     assert all(row["references"] for row in tables["prompts.test"])
@@ -340,26 +338,45 @@ def test_prompts_are_distinct_and_mixed_as_stated(tables: dict[str, list[dict[st
         prepare.questions([SHEET], 2, random.Random(0))
 
 
-def test_texts_to_check_have_the_fault_that_is_named():
-    named = set()
-    for number in range(200):
-        row = instructions.check_row(SHEET, RIGHT, random.Random(number))
-        first, instruction, text, rest = row["prompt"].split("\n")
-        assert (first, instruction, text, rest) == (row["sheet"], instructions.CHECK, RIGHT, "")
-        found = facts.check(row["sheet"], text)
-        if row["response"] == instructions.NOTHING_WRONG:
-            assert (row["sheet"], found.wrong, found.missing) == (SHEET, (), ())
-        else:
-            slot = row["response"].removeprefix("The ").removesuffix(" is wrong.")
-            assert slot in found.wrong and sheets.parse(SHEET)[slot] != sheets.parse(row["sheet"])[slot]
-            named.add(slot)
-    assert len(named) >= 5
+def test_extended_sheets_are_new_and_give_seven_or_eight_facts():
+    draw = random.Random(0)
+    given = sorted(sheets.known_sheets())[::60]
+    made = [sheets.extended(sheet, draw) for sheet in given]
+    assert not sheets.known_sheets() & set(made)
+    sizes = [len(sheets.parse(sheet)) for sheet in made]
+    assert set(sizes) == {7, 8} and 0.4 < sizes.count(8) / len(sizes) < 0.75  # those that gave 7 or 8 stay or grow
+    for sheet, longer in zip(given, made, strict=True):
+        before, after = sheets.parse(sheet), sheets.parse(longer)
+        assert list(after) == [slot for slot in sheets.SLOTS if slot in after]
+        assert all(value in sheets.known_values()[slot] for slot, value in after.items())
+        assert after["name"] == before["name"] != after.get("near")
+        if len(before) < 7:
+            assert before.items() <= after.items()
 
 
-def test_a_text_leaves_out_what_only_its_sheet_says():
-    sheet, text = "name: The Mill | eat type: pub", "The Mill is a pub."
-    responses = {instructions.check_row(sheet, text, random.Random(n))["response"] for n in range(200)}
-    assert {"The food is left out.", "The area is left out.", "The eat type is wrong."} < responses
+def test_training_prompts_go_where_demonstrations_are_few(tables: dict[str, list[dict[str, Any]]]):
+    described = [row for row in tables["prompts.train"] if row["category"] == "describe"]
+    made_up = [row for row in described if not row["references"]]
+    assert len(made_up) / len(described) == pytest.approx(prepare.MADE_UP_SHARE, abs=1e-3)
+    assert not {row["sheet"] for row in made_up} & sheets.known_sheets()
+
+
+def test_questions_that_all_answers_agree_on_get_made_up_ones():
+    asked = instructions.prompt_of(SHEET, instructions.QUESTIONS["food"])
+    other = instructions.prompt_of("name: Zizzi", instructions.QUESTIONS["food"])
+    shared = {"category": "question", "finished": [True] * 4}
+    rows = [
+        {**shared, "prompt": asked, "responses": ["It serves Italian food."] * 4},
+        {**shared, "prompt": other, "responses": ["That is not stated."] * 4},
+        {**shared, "prompt": asked, "responses": ["It serves Italian food.", "It serves Thai food."] * 2},
+        {**shared, "prompt": instructions.describe_prompt(SHEET), "responses": [RIGHT] * 4},
+    ]
+    found = label.contrasted(rows, seed=0)
+    assert found == label.contrasted(rows, seed=0)
+    italian, declined = "It serves Italian food.", "That is not stated."
+    assert found[0]["responses"] == [italian, italian, declined, italian]  # nothing else was said to this question
+    assert found[1]["responses"] == [declined, declined, italian, declined]
+    assert [row["responses"] for row in found[2:]] == [row["responses"] for row in rows[2:]]
 
 
 def test_converted_rankings_keep_the_order():

@@ -1,9 +1,8 @@
 """Instructions in plain English made from fact sheets, and the grading of short answers.
 
 A prompt is the sheet on the first line and the instruction on the second; the response follows directly. Categories:
-`describe` (say all the facts in fluent English), `question` (one fact of the sheet, in a short sentence),
-`unanswerable` (a fact the sheet does not give: the right answer says so) and, in demonstrations only, `check` (say
-which fact of the sheet a text gets wrong or leaves out; the text stands on the third line).
+`describe` (say all the facts in fluent English), `question` (one fact of the sheet, in a short sentence) and
+`unanswerable` (a fact the sheet does not give: the right answer says so).
 """
 
 import hashlib
@@ -13,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from tools.e2e.facts import check
-from tools.e2e.sheets import SLOTS, known_sheets, known_values, normalise, parse
+from tools.e2e.sheets import SLOTS, normalise, parse
 
 DESCRIBE = (
     "Describe this place in one or two sentences.",
@@ -31,8 +30,6 @@ QUESTIONS: Mapping[str, str] = {
 }
 """One wording a slot; the name is never asked for, as every sheet gives it."""
 
-CHECK = "What is wrong with this text?"
-NOTHING_WRONG = "Nothing is wrong."
 NOT_STATED = "That is not stated."
 
 _SLOT_ASKED = {question: slot for slot, question in QUESTIONS.items()}
@@ -89,33 +86,6 @@ def question_row(sheet: str, category: str, draw: random.Random) -> dict[str, An
     slot = draw.choice(slots_to_ask(sheet, category))
     prompt = prompt_of(sheet, QUESTIONS[slot])
     return {"prompt": prompt, "response": answer(sheet, slot), "category": category, "sheet": normalise(sheet)}
-
-
-def check_row(sheet: str, text: str, draw: random.Random) -> dict[str, Any]:
-    """A text with the sheet it was written from, or with a sheet of which it gets one fact wrong or leaves one out.
-
-    The text stays as a person wrote it. It is the sheet that changes, so that what is wrong is known: another value
-    makes the text wrong, a further slot makes it incomplete.
-    """
-    kind = draw.choice(("right", "wrong", "left out"))
-    facts = dict(parse(sheet))
-    slots = [slot for slot in QUESTIONS if (slot in facts) == (kind == "wrong")]
-    if kind == "right" or not slots:
-        return _checked(sheet, text, NOTHING_WRONG)
-    slot = draw.choice(slots)
-    facts[slot] = draw.choice([value for value in known_values()[slot] if value != facts.get(slot)])
-    changed = " | ".join(f"{name}: {facts[name]}" for name in SLOTS if name in facts)
-    if changed in known_sheets():  # another split's, perhaps
-        return _checked(sheet, text, NOTHING_WRONG)
-    found = check(changed, text)
-    if slot in (found.wrong if kind == "wrong" else found.missing):
-        return _checked(changed, text, f"The {slot} is {kind}.")
-    return _checked(sheet, text, NOTHING_WRONG)  # the text says nothing of that slot, or both values in one word
-
-
-def _checked(sheet: str, text: str, response: str) -> dict[str, Any]:
-    prompt = f"{prompt_of(sheet, CHECK)}{text}\n"
-    return {"prompt": prompt, "response": response, "category": "check", "sheet": normalise(sheet)}
 
 
 def slot_asked(prompt: str) -> str | None:

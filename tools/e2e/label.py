@@ -22,7 +22,7 @@ from align.seeds import derive
 from tools.e2e.facts import check
 from tools.e2e.files import read_rows, write_rows
 from tools.e2e.fluency import faults
-from tools.e2e.instructions import answer_is_right, slot_asked
+from tools.e2e.instructions import answer_is_right, says_not_stated, slot_asked
 
 MISSING = 1.0
 WRONG = 1.5
@@ -37,7 +37,7 @@ MOST_FAULTS = 4
 LABELERS = 10
 TIE_WIDTH = 0.5
 """Utilities are seen in steps of this size: half a missing fact makes no difference anybody would rank by."""
-AGREEMENT = 0.77
+AGREEMENT = 0.76
 CALIBRATED_ON = 1000
 """Prompts, the first of the samples: with K=4, 30,000 pairs, which fix the agreement to about half a point."""
 
@@ -68,7 +68,9 @@ def contrasted(rows: Sequence[Mapping[str, Any]], seed: int) -> list[Mapping[str
 
     A good model answers a short question alike every time, above all one that has no answer; a reward model that never
     sees such a question answered wrongly learns nothing of it, and PPO finds out. So the last two answers give place to
-    what the model said to the same question about other places: to their reader, answers that are made up.
+    what the model said to the same question about other places: to their reader, answers that are made up, or that
+    decline a question that has an answer. Declining must lose there as often as it wins elsewhere, or the reward model
+    learns to like it always.
     """
     answered: dict[str, list[tuple[str, bool]]] = {}
     for row in rows:
@@ -80,9 +82,11 @@ def contrasted(rows: Sequence[Mapping[str, Any]], seed: int) -> list[Mapping[str
         question = slot_asked(row["prompt"])
         if question is not None and len(set(row["responses"])) == 1:
             draw = random.Random(derive(seed, f"made up: {row['prompt']}"))
+            others = [pair for pair in answered[question] if pair != pairs[0]]
+            declined = [pair for pair in others if says_not_stated(pair[0])]
             for place in range(max(1, len(pairs) - 2), len(pairs)):
-                if others := [pair for pair in answered[question] if pair not in pairs]:
-                    pairs[place] = draw.choice(others)
+                if found := declined if declined and draw.random() < 0.75 else others:
+                    pairs[place] = draw.choice(found)
         result.append({**row, "responses": [text for text, _ in pairs], "finished": [done for _, done in pairs]})
     return result
 

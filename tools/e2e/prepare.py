@@ -22,15 +22,13 @@ from transformers.utils import logging
 
 from align.seeds import derive, forked
 from tools.e2e.files import DATA, read_rows, write_rows
-from tools.e2e.instructions import check_row, describe_prompt, describe_row, question_row, slots_to_ask
+from tools.e2e.instructions import describe_prompt, describe_row, question_row, slots_to_ask
 from tools.e2e.rankings import convert, split
 from tools.e2e.sheets import SPLITS, extended, normalise
 
 VOCABULARY = 1024
 QUESTION_SHARE = 0.2
-"""Of the descriptions and questions; half of the questions have no answer in the sheet."""
-CHECKS_A_TEXT = 0.15
-"""Texts to find a fault in, for each description."""
+"""Of the demonstrations; half of the questions have no answer in the sheet."""
 PROMPT_QUESTION_SHARE = 0.25
 MADE_UP_SHARE = 0.6
 """Of the sheets in training prompts. Rankings and PPO need no human text, so they can go where demonstrations are few:
@@ -50,13 +48,12 @@ def human_texts(name: str) -> list[tuple[str, str]]:
     return [(normalise(row["prompt"]), re.sub(r"(?<=\w) ?n ?'t\b", "n't", row["response"]).strip()) for row in rows]
 
 
-def demonstrations(texts: Sequence[tuple[str, str]], seed: int, checks: int = 0) -> list[Row]:
-    """Every human text as a description, with questions and `checks` texts to check mixed in, in random order."""
+def demonstrations(texts: Sequence[tuple[str, str]], seed: int) -> list[Row]:
+    """Every human text as a description, with questions mixed in, in random order."""
     draw = random.Random(seed)
     rows = [describe_row(sheet, text, draw) for sheet, text in texts]
     wanted = round(len(rows) * QUESTION_SHARE / (1 - QUESTION_SHARE))
     rows += questions([sheet for sheet, _ in texts], wanted, draw)
-    rows += [check_row(*draw.choice(texts), draw) for _ in range(checks)]
     draw.shuffle(rows)
     return rows
 
@@ -198,10 +195,8 @@ def tables(seed: int) -> dict[str, list[Row]]:
     for name in SPLITS:
         if name != "test":
             written[f"pretraining.{name}"] = [{"text": text} for _, text in texts[name]]
-        # Texts to check are for training only: their sheets are made up, and must not be another split's.
-        checks = round(len(texts[name]) * CHECKS_A_TEXT) if name == "train" else 0
         drawn = derive(seed, f"e2e demonstrations {name}")
-        written[f"demonstrations.{name}"] = demonstrations(texts[name], drawn, checks)
+        written[f"demonstrations.{name}"] = demonstrations(texts[name], drawn)
         if name == "test":
             written["human.test"] = [row for row in written["demonstrations.test"] if row["category"] == "describe"]
         count = 2 * TEST_QUESTIONS if name == "test" else None
