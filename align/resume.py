@@ -69,6 +69,7 @@ def locked(run_dir: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.stat(lock)  # gone where the run that had it has just ended
         except OSError as error:
             file.seek(0)
             holder = file.read().strip() or "another process"
@@ -112,7 +113,9 @@ def decide(config: DictConfig) -> Start:
         raise ConfigError([f"run_dir: {folder} has no whole checkpoint; overwrite=true begins anew", *notes])
     _tidy(folder, checkpoint, damaged)
     step = checkpoints.step_of(checkpoint) if checkpoint else 0
-    notes.append(f"continues from step {step}" if checkpoint else "was stopped before its first checkpoint, begins again")
+    notes.append(
+        f"continues from step {step}" if checkpoint else "was stopped before its first checkpoint, begins again"
+    )
     return Start(continues=True, checkpoint=checkpoint, step=step, notes=tuple(notes))
 
 
@@ -193,5 +196,3 @@ def _path_keys(node: Any, path: str) -> set[str]:
         marked = {name for name, parameter in parameters.items() if schema.metadata(parameter.annotation)}
         found |= {join(path, name) for name in marked if isinstance(node.get(name), str)}
     return found
-
-

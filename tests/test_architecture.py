@@ -21,13 +21,13 @@ from align.modules.base import AlignModule
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    ("types", "seeds", "paths", "bootstrap", "formulas"),
+    ("types", "seeds", "paths", "bootstrap", "atomic", "interrupt", "checkpoints", "metrics_file", "formulas"),
     ("models", "data", "optim"),
     ("rollout",),
     ("modules",),
     ("callbacks",),
     ("schema", "inputs", "overrides", "loggers", "config", "build", "cli", "precision"),
-    ("measure", "tables", "fit", "sample", "evaluate"),
+    ("measure", "tables", "resume", "fit", "sample", "evaluate"),
 )
 """Files and packages of align, the lowest first. Each may import what stands in its own layer and below."""
 

@@ -102,17 +102,13 @@ class Checkpoints(Checkpoint):
                 if path.name not in kept and checkpoints.step_of(path) != self.best.get("step"):
                     trainer.strategy.remove_checkpoint(path)
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Notes how much of the files that only ever grow belongs to this state."""
         rows = [logger.rows for logger in trainer.loggers if isinstance(logger, MetricsFile)]
         checkpoint["metrics_rows"] = rows[0] if rows else 0
         checkpoint["table_bytes"] = {path.name: path.stat().st_size for path in _tables(trainer)}
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Drops the rows of these files that will be written again."""
         if not trainer.is_global_zero:
             return

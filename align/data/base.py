@@ -230,8 +230,8 @@ class AlignData(LightningDataModule):
         if changed and not self.may_change:
             shown = ", ".join(f"{split} ({self._shown(split)})" for split in changed)
             raise ValueError(
-                f"the examples are not those that the run began with: {shown}. Give it the same data again; resume=force "
-                "continues with what is there now, overwrite=true begins anew"
+                f"the examples are not those that the run began with: {shown}. Give it the same data again; "
+                "resume=force continues with what is there now, overwrite=true begins anew"
             )
         if self._train_loader is None:
             self._train_state = state_dict["train_loader"]

@@ -19,8 +19,8 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 from align import seeds
-from align.bootstrap import Interval, mean_intervals, ratio_intervals
 from align.atomic import write_text
+from align.bootstrap import Interval, mean_intervals, ratio_intervals
 from tools.e2e import plots
 from tools.e2e.facts import check
 from tools.e2e.files import read_rows

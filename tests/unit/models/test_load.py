@@ -8,9 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from align import seeds
+from align.atomic import folder_written_whole
 from align.models import forward
 from align.models.heads import initialise_head
-from align.atomic import folder_written_whole
 from align.models.load import load_causal_lm, load_scalar_model, load_tokenizer, save_model
 
 
