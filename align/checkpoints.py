@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 
 from align import atomic
+from align.errors import RunError
 
 STATE = "state.pt"
 MANIFEST = "manifest.json"
@@ -24,7 +25,7 @@ FORMAT = 1
 """Of the manifest; another number is another layout."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RunError):
     """A checkpoint cannot be written or read; the message says what to do."""
 
 

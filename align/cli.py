@@ -16,8 +16,8 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from align.atomic import write_text
-from align.checkpoints import CheckpointError
 from align.config import ConfigError
+from align.errors import RunError
 
 MARK = "# Written by align"
 """How a `config.yaml` begins that makes its folder a run folder, which `overwrite` may delete."""
@@ -50,7 +50,7 @@ def run(
     config, overrides = parse(argv, prog=prog, description=description, epilog=epilog)
     try:
         return body(config, overrides) or 0
-    except CheckpointError as error:
+    except RunError as error:
         _print_mistake(prog, config, error)
         return 1
     except (ValueError, FileNotFoundError, MisconfigurationException) as error:

@@ -101,7 +101,7 @@ def fit(path: str, overrides: Sequence[str]) -> int | None:
 
     Raises:
         ConfigError: The user's mistakes, as far as they show before training.
-        CheckpointError: A checkpoint could not be written.
+        RunError: A checkpoint could not be written, or too many steps had no finite gradient.
     """
     began = time.monotonic()
     config = read(path, overrides)

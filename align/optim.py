@@ -27,6 +27,7 @@ class Optim:
         final_fraction: Of `lr`, where the decay ends.
         warmup_steps: Optimizer steps of linear rise from `warmup_from` to 1.
         warmup_from: Of `lr`, at the first step of the warm-up.
+        max_nonfinite: A step whose gradient has a NaN or an infinity changes nothing; so many in a row end the run.
     """
 
     lr: float
@@ -38,6 +39,7 @@ class Optim:
     final_fraction: float = 0.1
     warmup_steps: int = 0
     warmup_from: float = 0.1
+    max_nonfinite: int = 3
 
     @classmethod
     def config_errors(cls, arguments: dict[str, object]) -> list[str]:
@@ -49,6 +51,8 @@ class Optim:
             for name, value in given.items()
             if isinstance(value, int | float) and value < limits[name]
         ]
+        if isinstance(most := arguments.get("max_nonfinite"), int) and most < 1:
+            errors.append(f"max_nonfinite: got {most}, expected at least 1, which ends the run at the first such step")
         betas = arguments.get("betas", (0.9, 0.95))
         if isinstance(betas, Sequence) and len(betas) != 2:
             errors.append(f"betas: got {len(betas)} numbers, expected 2, such as [0.9, 0.95]")

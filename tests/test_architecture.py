@@ -21,7 +21,8 @@ from align.modules.base import AlignModule
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    ("types", "seeds", "paths", "bootstrap", "atomic", "interrupt", "checkpoints", "metrics_file", "formulas"),
+    ("types", "seeds", "paths", "bootstrap", "errors", "atomic", "formulas"),
+    ("interrupt", "checkpoints", "metrics_file", "nonfinite"),
     ("models", "data", "optim"),
     ("rollout",),
     ("modules",),

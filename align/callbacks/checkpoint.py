@@ -46,6 +46,7 @@ class Checkpoints(Checkpoint):
         self.best: dict[str, Any] = {}
         self._saved_at = time.monotonic()
         self._saved_step = -1
+        self._wanted = False
 
     @classmethod
     def config_errors(cls, arguments: dict[str, Any]) -> list[str]:
@@ -58,23 +59,33 @@ class Checkpoints(Checkpoint):
         ]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Time counts from here; says so if the monitored metric can never be had."""
+        """Time counts from here."""
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves when it is time, or when a signal has come; this is called last, after all other callbacks."""
-        stopping = trainer.strategy.reduce_boolean_decision(interrupt.received() is not None, all=False)
-        if stopping or self._due(trainer):
-            self.save(trainer)
-        if stopping:
-            raise Interrupted(interrupt.received() or "another rank's signal")
+        """Saves when it is time, or when a signal has come; this is called last, after all other callbacks.
+
+        Where validation or the end of the epoch follows, that has to be done first: a run that continued from here would
+        leave it out.
+        """
+        self._wanted |= self._due(trainer)
+        validates = trainer.enable_validation and (batch_idx + 1) % trainer.val_check_batch == 0
+        if not trainer.is_last_batch and not validates:
+            self._save_if_wanted(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Saves where the monitored metric is better than ever before."""
-        if not trainer.sanity_checking and self.monitor is not None and self._is_better(trainer):
-            self.save(trainer)
+        """Saves also where the monitored metric is better than ever before."""
+        if trainer.sanity_checking:
+            return
+        self._wanted |= self.monitor is not None and self._is_better(trainer)
+        if not trainer.is_last_batch:
+            self._save_if_wanted(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """See `on_train_batch_end`."""
+        self._save_if_wanted(trainer)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Saves the last state, so that an export that fails costs no training."""
@@ -94,7 +105,7 @@ class Checkpoints(Checkpoint):
             self.best = {"step": step, "value": float(trainer.callback_metrics[self.monitor])}
         for logger in trainer.loggers:
             logger.save()
-        self._saved_at, self._saved_step = time.monotonic(), step
+        self._saved_at, self._saved_step, self._wanted = time.monotonic(), step, False
         trainer.save_checkpoint(checkpoints.step_folder(folder, step))
         if trainer.is_global_zero:
             kept = {path.name for path in checkpoints.found(folder)[: self.keep]}
@@ -110,6 +121,7 @@ class Checkpoints(Checkpoint):
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Drops the rows of these files that will be written again."""
+        self._saved_step = checkpoint["global_step"]
         if not trainer.is_global_zero:
             return
         for logger in trainer.loggers:
@@ -125,6 +137,13 @@ class Checkpoints(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """See `state_dict`."""
         self.best = state_dict["best"]
+
+    def _save_if_wanted(self, trainer: L.Trainer) -> None:
+        stopping = trainer.strategy.reduce_boolean_decision(interrupt.received() is not None, all=False)
+        if stopping or self._wanted:
+            self.save(trainer)
+        if stopping:
+            raise Interrupted(interrupt.received() or "another rank's signal")
 
     def _due(self, trainer: L.Trainer) -> bool:
         if self.every_steps is not None and trainer.global_step % self.every_steps == 0:

@@ -216,7 +216,7 @@ class AlignData(LightningDataModule):
         if self._train_loader is None:
             return {}
         module = self.trainer.lightning_module if self.trainer is not None else None
-        back = int(getattr(module, "batch_at_hand", False))
+        back = int(getattr(module, "batch_at_hand", None) is not None)
         return {"train_loader": self._train_loader.state_dict(back), "fingerprints": self._fingerprints()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

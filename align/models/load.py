@@ -6,6 +6,7 @@ first PPO ratio is not 1 and the KL to the reference is noise (The N Implementat
 """
 
 import contextlib
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -37,6 +38,10 @@ DROPOUTS = (
     "attention_probs_dropout_prob", "emb_dropout", "resid_dropout", "ffn_dropout",
 )  # fmt: skip
 """The names under which transformers' decoder configurations keep a dropout probability."""
+
+
+HASHED_AT_ONCE = 2**24
+"""Weights; more would take too much memory as 64-bit integers."""
 
 
 def load_tokenizer(path: ModelPath) -> PreTrainedTokenizerBase:
@@ -134,6 +139,25 @@ AnyModel = TypeVar("AnyModel", bound=nn.Module)
 def frozen(model: AnyModel) -> AnyModel:
     """The model, never trained: no gradients, evaluation mode."""
     return model.requires_grad_(False).eval()
+
+
+def fingerprint(model: nn.Module) -> str:
+    """A digest of a model's weights, the same in whatever order and on however many threads it is computed."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        size = tensor.element_size()
+        bits = (
+            tensor.detach()
+            .contiguous()
+            .flatten()
+            .view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[size])
+        )
+        for start in range(0, len(bits), HASHED_AT_ONCE):
+            part = bits[start : start + HASHED_AT_ONCE].to(torch.int64)
+            place = torch.arange(start + 1, start + 1 + len(part), device=part.device)
+            digest.update(f"{int(part.sum())},{int((part * place).sum())};".encode())  # both wrap around, exactly
+    return digest.hexdigest()
 
 
 def _config_without_dropout(path: str) -> PretrainedConfig:

@@ -13,10 +13,13 @@ from typing import Any
 
 import lightning as L
 import torch
+from jaxtyping import Float
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from align import interrupt, seeds
+from align import interrupt, nonfinite, seeds
+from align.errors import RunError
 from align.models.load import save_model
 from align.optim import Optim
 
@@ -47,7 +50,8 @@ class AlignModule(L.LightningModule):
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
         self._clock = time.perf_counter()
-        self.batch_at_hand = False
+        self.batch_at_hand: Any = None
+        self.nonfinite_steps = 0
 
     @classmethod
     def config_errors(cls, arguments: dict[str, Any]) -> list[str]:
@@ -103,23 +107,49 @@ class AlignModule(L.LightningModule):
     def step(self) -> Stats:
         """Clips each network's gradient on its own, steps optimizer and schedule, and empties the gradients.
 
+        A gradient that is not finite changes no weight: the step is counted and leaves everything as it was.
+
         Returns:
             Norms before clipping and learning rates, by network.
+
+        Raises:
+            RunError: That was so for `optim.max_nonfinite` steps in a row.
         """
         optimizer = self.optimizers()
         stats: Stats = {}
-        names = dict.fromkeys(group["name"] for group in optimizer.param_groups)  # type: ignore[union-attr]
-        for name in names:
-            groups = [group for group in optimizer.param_groups if group["name"] == name]  # type: ignore[union-attr]
-            parameters = [p for group in groups for p in group["params"]]
-            limit = self.optim.max_grad_norm or float("inf")
-            stats[f"grad_norm/{name}"] = nn.utils.clip_grad_norm_(parameters, limit).detach()
-            stats[f"lr/{name}"] = torch.tensor(groups[0]["lr"])
+        parameters: dict[str, list[nn.Parameter]] = {}
+        for group in optimizer.param_groups:  # type: ignore[union-attr]
+            parameters.setdefault(group["name"], []).extend(group["params"])
+            stats[f"lr/{group['name']}"] = torch.tensor(group["lr"])
+        norms = {
+            name: nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
+            for name, own in parameters.items()
+        }
+        if all(bool(norm.isfinite()) for norm in norms.values()):
+            self.nonfinite_steps = 0
+            for name, own in parameters.items():
+                nn.utils.clip_grads_with_norm_(own, self.optim.max_grad_norm or float("inf"), norms[name])
+        else:
+            self._leave_out()
+            optimizer.zero_grad()  # type: ignore[union-attr]  # parameters without gradient are not stepped
         optimizer.step()  # type: ignore[union-attr]
         self.lr_schedulers().step()  # type: ignore[union-attr]
         optimizer.zero_grad()  # type: ignore[union-attr]
-        self.batch_at_hand = False
-        return stats
+        self.batch_at_hand = None
+        return stats | {f"grad_norm/{name}": norm.detach() for name, norm in norms.items()}
+
+    def _leave_out(self) -> None:
+        """Says which tensor is to blame for a gradient that is not finite, and keeps the batch."""
+        self.nonfinite_steps += 1
+        bad = nonfinite.first_bad(self.batch_at_hand, self.networks())
+        file = nonfinite.save_batch(Path(self.trainer.default_root_dir), self.global_step, self.batch_at_hand, bad)
+        what = f"step {self.global_step}: the gradient is not finite; the first such tensor is {bad}. Batch: {file}"
+        if self.nonfinite_steps >= self.optim.max_nonfinite:
+            raise RunError(
+                f"{what}. That was step {self.nonfinite_steps} of this kind in a row (module.optim.max_nonfinite); the "
+                "same command continues from the last checkpoint, to the same place unless the cause is removed"
+            )
+        rank_zero_warn(f"{what}. The step is left out")
 
     def report(self, stats: Stats, *, tokens: int, bar: tuple[str, ...] = ()) -> None:
         """Logs a step's statistics, and how fast it was.
@@ -145,7 +175,15 @@ class AlignModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         """From here on the batch is taken from its loader but not yet learned: see `AlignData.state_dict`."""
-        self.batch_at_hand = True
+        self.batch_at_hand = batch
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps how many steps in a row had no finite gradient."""
+        checkpoint["nonfinite_steps"] = self.nonfinite_steps
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """See `on_save_checkpoint`."""
+        self.nonfinite_steps = checkpoint["nonfinite_steps"]
 
     def precision(self) -> contextlib.AbstractContextManager[None]:
         """The trainer's arithmetic, for passes outside `training_step`: only that runs in it by itself."""
@@ -158,3 +196,8 @@ class AlignModule(L.LightningModule):
 
 def _join(name: str, so_far: Tensor, value: Tensor) -> Tensor:
     return torch.maximum(so_far, value) if name.endswith("max") else so_far + value
+
+
+def gradient_norm(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
+    """The norm of all gradients together."""
+    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])

@@ -20,8 +20,8 @@ from align import interrupt, seeds
 from align.formulas import losses, masked, returns
 from align.models import forward
 from align.models.heads import ScalarModel
-from align.models.load import frozen
-from align.modules.base import AlignModule, Stats
+from align.models.load import fingerprint, frozen
+from align.modules.base import AlignModule, Stats, gradient_norm
 from align.optim import Optim
 from align.rollout.collect import response_tokens, reward_scores, token_passes
 from align.rollout.sampler import Sampler
@@ -129,6 +129,7 @@ class PPOModule(AlignModule):
         self.kl_coef = ppo.kl_coef
         self._collecting: Stats = {}
         self._begun: float | None = None
+        self._frozen: dict[str, str] = {}
         self.strict_loading = False  # the frozen models are not in checkpoints
 
     def networks(self) -> Mapping[str, nn.Module]:
@@ -252,7 +253,7 @@ class PPOModule(AlignModule):
         tokens = int(batch.episodes.completions.lengths.sum())
         if batch.pretraining is not None:
             stats |= self.accumulate(self.pretraining_losses(batch.pretraining))
-            stats["grad_norm/ptx"] = _gradient_norm(self.policy)
+            stats["grad_norm/ptx"] = gradient_norm(self.policy.parameters())
             tokens += int(batch.pretraining.lengths.sum())
         stats |= self.accumulate(self.ppo_losses(batch.episodes))
         stats |= self.step()
@@ -321,17 +322,31 @@ class PPOModule(AlignModule):
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps β, and leaves out the frozen models, which the configuration names."""
+        """Keeps β, and of the frozen models, which the configuration names, only what tells them from others."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["kl_coef"] = self.kl_coef
+        checkpoint["frozen"] = self._frozen_fingerprints()
         weights = checkpoint["state_dict"]
         checkpoint["state_dict"] = {
             name: value for name, value in weights.items() if not name.startswith(("reference.", "reward."))
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores β."""
+        """Restores β.
+
+        Raises:
+            ValueError: The reference or the reward model is not the one the run began with.
+        """
+        super().on_load_checkpoint(checkpoint)
         self.kl_coef = checkpoint["kl_coef"]
+        changed = [name for name, found in self._frozen_fingerprints().items() if checkpoint["frozen"][name] != found]
+        if changed:
+            raise ValueError(
+                f"the weights of the {' and the '.join(changed)} model are not those that the run began with; give it "
+                "the same folders again, or begin anew with overwrite=true"
+            )
 
-
-def _gradient_norm(network: nn.Module) -> Float[Tensor, ""]:
-    return nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+    def _frozen_fingerprints(self) -> dict[str, str]:
+        if not self._frozen:
+            self._frozen = {"reference": fingerprint(self.reference), "reward": fingerprint(self.reward)}
+        return self._frozen

@@ -123,7 +123,8 @@ def in_a_process(*arguments: str) -> "subprocess.CompletedProcess[str]":
 def test_a_run_leaves_one_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit.main(["c.yaml", "--seed=3", "module.lr=25e-2"]) == 0
     run = folder / "runs" / "one"
-    assert sorted(item.name for item in run.iterdir()) == ["checkpoints", "config.yaml", "hf", "metrics.csv"]
+    names = sorted(item.name for item in run.iterdir())
+    assert names == ["checkpoints", "config.yaml", "finished.json", "hf", "metrics.csv"]
     assert (run / "hf" / "w.txt").read_text() == str(1 - 2**-8)
 
     rows = rows_of(run / "metrics.csv")
@@ -134,8 +135,8 @@ def test_a_run_leaves_one_folder(folder: Path, capsys: pytest.CaptureFixture[str
     config = OmegaConf.load(run / "config.yaml")
     assert (config.seed, config.module.lr) == (3, 0.25)
 
-    assert sorted(os.listdir(run / "checkpoints")) == ["last.ckpt", "step-00000008.ckpt"]
-    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=False)
+    assert os.listdir(run / "checkpoints") == ["step-000000008"]
+    saved = torch.load(run / "checkpoints" / "step-000000008" / "state.pt", weights_only=True)
     assert saved["global_step"] == 8 and saved["optimizer_states"]
 
     printed = capsys.readouterr().out
@@ -169,8 +170,11 @@ def test_a_key_is_found_in_netrc(folder: Path, monkeypatch: pytest.MonkeyPatch) 
 def test_a_used_folder_is_kept_unless_overwritten(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit.main(["c.yaml", "trainer.max_epochs=1"]) == 0
     Path("runs/one/hf/old.txt").write_text("old")
-    message = complaint(capsys)
+    message = complaint(capsys, "resume=never")
     assert "run_dir: runs/one exists and is not empty; overwrite=true deletes that run" in message
+    message = complaint(capsys)
+    assert "run_dir: runs/one holds a run of another configuration; resume=force continues it" in message
+    assert "trainer.max_epochs: int 1 when the run began, int 2 now" in message
     assert Path("runs/one/hf/old.txt").exists()
     assert fit.main(["c.yaml", "overwrite=true", "trainer.max_epochs=1"]) == 0
     assert not Path("runs/one/hf/old.txt").exists()
@@ -278,11 +282,12 @@ def test_a_failed_export_leaves_nothing_half_written(folder: Path, monkeypatch: 
     assert sorted(os.listdir("runs/one")) == ["checkpoints", "config.yaml", "metrics.csv"]
 
 
-def test_own_callbacks_replace_the_defaults(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_own_callbacks_are_used(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     checkpoint = "{_target_: lightning.pytorch.callbacks.ModelCheckpoint, every_n_train_steps: 4, save_top_k: -1}"
     Path("c.yaml").write_text(YAML + f"callbacks:\n  checkpoint: {checkpoint}\n  nothing: null\n")
     assert fit.main(["c.yaml", "trainer.enable_progress_bar=false"]) == 0
-    assert sorted(os.listdir("runs/one/checkpoints")) == ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt"]
+    saved = ["epoch=0-step=4.ckpt", "epoch=1-step=8.ckpt", "step-000000008"]
+    assert sorted(os.listdir("runs/one/checkpoints")) == saved
     assert len(capsys.readouterr().out.splitlines()) == 2
 
 
@@ -295,7 +300,7 @@ def test_progress_does_not_flood_a_file(folder: Path, capsys: pytest.CaptureFixt
 
 def test_training_that_stops_within_an_epoch_is_saved(folder: Path) -> None:
     assert fit.main(["c.yaml", "trainer.max_steps=6"]) == 0
-    assert sorted(os.listdir("runs/one/checkpoints")) == ["last.ckpt", "step-00000006.ckpt"]
+    assert os.listdir("runs/one/checkpoints") == ["step-000000006"]
 
 
 def test_the_written_configuration_runs_again(folder: Path) -> None:

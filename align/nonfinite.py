@@ -1,0 +1,50 @@
+"""Numbers that are none: which tensor was the first, and the batch it came with, saved to be looked at."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from align import atomic
+from align.types import Record
+
+FOLDER = "nonfinite"
+
+
+def first_bad(batch: Any, networks: Mapping[str, nn.Module]) -> str:
+    """The name of the first tensor with a NaN or an infinity: in the batch, among the weights, among the gradients."""
+    for name, tensor in named_tensors(batch):
+        if not _finite(tensor):
+            return f"{name} of the batch"
+    for what in ("weights", "gradient"):
+        for network, module in networks.items():
+            for name, parameter in module.named_parameters():
+                tensor = parameter if what == "weights" else parameter.grad
+                if tensor is not None and not _finite(tensor):
+                    return f"the {what} of {network}.{name}"
+    return "the norm of the gradient, which is too large for its number format"
+
+
+def save_batch(run_dir: Path, step: int, batch: Any, bad: str) -> Path:
+    """Writes the tensors of a batch to `nonfinite/step-NNNNNNNNN/batch.pt`, with the name of the bad one."""
+    folder = run_dir / FOLDER / f"step-{step:09d}"
+    tensors = {name: tensor.detach().cpu() for name, tensor in named_tensors(batch)}
+    with atomic.folder_written_whole(folder) as fresh:
+        torch.save({"step": step, "bad": bad, "tensors": tensors}, fresh / "batch.pt")
+    return folder / "batch.pt"
+
+
+def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a record and of the records in it, by dotted field name."""
+    if isinstance(value, Tensor):
+        yield prefix or "the tensor", value
+    elif isinstance(value, Record):
+        for item in fields(value):  # type: ignore[arg-type]
+            yield from named_tensors(getattr(value, item.name), f"{prefix}.{item.name}" if prefix else item.name)
+
+
+def _finite(tensor: Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.isfinite().all())

@@ -1,0 +1,341 @@
+"""`python -m tools.crash_test`: kills runs at random moments until each is done, and compares them with unbroken ones.
+
+Every run is `align.fit` with a file of configs/ on a tiny model and real text. SIGKILL comes after a random time, or
+inside a phase that was chosen: a rollout, an optimizer step, a checkpoint being written, the export. When a run has
+ended at last, its weights, its last checkpoint, every logged number and every sample must equal, bit for bit, those of
+a run that nobody disturbed. Speeds are the one exception. The figures are in docs/reliability.md.
+"""
+
+import argparse
+import csv
+import mmap
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from align import checkpoints, fit, interrupt
+from align.checkpoints import VerifiedCheckpointIO
+from align.modules.base import AlignModule
+from align.modules.ppo import PPOModule
+from tools.e2e.files import write_rows
+from tools.e2e.instructions import describe_row
+from tools.e2e.prepare import human_texts, train_tokenizer
+
+ROOT = Path(__file__).parents[1]
+PHASES = ("start", "rollout", "step", "checkpoint", "export")
+KINDS = ("sft", "reward", "ppo", "ppo-ptx")
+GIVE_UP = 120.0
+"""Seconds after which a run that should have ended counts as hanging."""
+
+CALLBACKS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "sft": {"ema": {"_target_": "align.callbacks.ema.EMA", "decay": 0.9}},
+    "reward": {},
+    "ppo": {"kl": {"_target_": "align.callbacks.kl.AdaptiveKL", "target": 0.5, "horizon": 100}},
+}
+"""What a run has beside the callbacks of its file: everything with a state of its own."""
+
+CHECKPOINTS = {"_target_": "align.callbacks.checkpoint.Checkpoints", "every_steps": 2, "every_minutes": None}
+
+
+@dataclass
+class Result:
+    """What became of one kind of run."""
+
+    kind: str
+    runs: int = 0
+    kills: Counter[str] = field(default_factory=Counter)
+    different: list[str] = field(default_factory=list)
+
+
+def prepare(folder: Path) -> None:
+    """A tiny model with its tokenizer, and some real text in every format."""
+    texts = human_texts("valid")[:160]
+    draw = random.Random(0)
+    rows = [describe_row(sheet, text, draw) for sheet, text in texts]
+    tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in rows])
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = tokenizer.get_vocab()
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=256, tie_word_embeddings=True,
+            pad_token_id=special["<pad>"], bos_token_id=special["<bos>"], eos_token_id=special["<eos>"], **shape,
+        )
+    )  # fmt: skip
+    model.save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    write_rows(folder / "rows.jsonl", rows)
+    write_rows(folder / "texts.jsonl", [{"text": text} for _, text in texts])
+    ranked = [
+        {"prompt": row["prompt"], "responses": [row["response"], other, row["response"][:20]], "scores": [2, 1, 0]}
+        for row, (_, other) in zip(rows, reversed(texts), strict=True)
+    ]
+    write_rows(folder / "ranked.jsonl", ranked)
+    for kind, callbacks in CALLBACKS.items():
+        config = OmegaConf.load(ROOT / f"configs/{kind}.yaml")
+        config.callbacks = {**config.callbacks, "checkpoints": CHECKPOINTS, **callbacks}
+        OmegaConf.save(config, folder / f"{kind}.yaml")
+
+
+def arguments(kind: str, world: Path, workers: int) -> list[str]:
+    """The command line of a kind of run, without its folder."""
+    model, rows, texts = world / "model", world / "rows.jsonl", world / "texts.jsonl"
+    shared = [f"tokenizer.path={model}", "loggers.wandb=false"]
+    if kind == "sft":
+        return [
+            str(world / "sft.yaml"), *shared, f"module.model.path={model}", f"data.train={rows}",
+            f"data.valid={rows}", f"data.mix={texts}", "data.batch_size=32", "trainer.max_epochs=2",
+            "module.model.dropout=0.1", f"data.num_workers={workers}", f"callbacks.samples.prompts={rows}",
+            "callbacks.samples.every=3", "callbacks.samples.sampler.max_new_tokens=8",
+        ]  # fmt: skip
+    if kind == "reward":
+        return [
+            str(world / "reward.yaml"), *shared, f"module.model.path={model}",
+            f"data.train={world / 'ranked.jsonl'}", f"data.valid={world / 'ranked.jsonl'}",
+            f"data.demonstrations={rows}", "data.batch_size=16", "trainer.max_epochs=1",
+            f"data.num_workers={workers}",
+        ]  # fmt: skip
+    found = [
+        str(world / "ppo.yaml"), *shared, f"module.policy.path={model}", f"module.value.path={model}",
+        f"module.reward.path={model}", f"data.train={rows}", f"data.pretraining={texts}", "data.episodes=48",
+        "data.rollout_batch=16", "data.minibatch=8", "data.epochs=2", "data.pretraining_batch=8",
+        "module.sampler.max_new_tokens=8", f"callbacks.samples.prompts={rows}", "callbacks.samples.count=8",
+        "callbacks.samples.every=3", "callbacks.samples.sampler.max_new_tokens=8", "callbacks.rollouts.every=1",
+    ]  # fmt: skip
+    return found if kind == "ppo-ptx" else [*found, "module.ppo.ptx_coef=0", "data.pretraining_batch=0"]
+
+
+def crash(
+    kind: str, world: Path, kills: int, workers: int, seed: int, by: signal.Signals, tick: Callable[[], None]
+) -> Result:
+    """Kills runs of a kind `kills` times in all, and compares each with an unbroken one when it is done."""
+    draw = random.Random(f"{seed}/{kind}/{workers}")
+    command = arguments(kind, world, workers)
+    reference = world / f"{kind}-{workers}-unbroken"
+    begun = time.monotonic()
+    if _run([*command, f"run_dir={reference}"], None, by)[0] != 0:
+        raise SystemExit(f"{kind}: the unbroken run failed:\n{(world / 'log.txt').read_text()[-3000:]}")
+    took = time.monotonic() - begun
+    result = Result(kind if not workers else f"{kind}, {workers} workers")
+    run = world / f"{kind}-{workers}-killed"
+    while sum(result.kills.values()) < kills:
+        result.runs += 1
+        while True:
+            enough = sum(result.kills.values()) >= kills
+            code, phase = _run([*command, f"run_dir={run}"], None if enough else _moment(draw, kind, took), by)
+            if code is not None:
+                break
+            result.kills[phase] += 1
+            tick()
+        if code != 0:
+            log = (world / "log.txt").read_text(encoding="utf-8")[-2000:]
+            raise SystemExit(f"{kind}: exit code {code} after {sum(result.kills.values())} kills:\n{log}")
+        result.different += differences(run, reference)
+        shutil.rmtree(run)
+    return result
+
+
+def differences(run: Path, reference: Path) -> list[str]:
+    """In what the results of two runs differ; nothing, if nobody can tell which was killed."""
+    found = []
+    for name in ("hf", "hf-ema"):
+        pair = [folder / name / "model.safetensors" for folder in (run, reference)]
+        if pair[1].exists() and pair[0].read_bytes() != pair[1].read_bytes():
+            found.append(f"{name}: weights")
+    states = [checkpoints.newest_good(folder / "checkpoints")[0] for folder in (run, reference)]
+    if None in states:
+        found.append("no last checkpoint")
+    else:
+        loaded = [torch.load(state / checkpoints.STATE, weights_only=True) for state in states if state is not None]
+        found += [f"checkpoint: {place}" for place in _unequal(*loaded)]
+    if _metrics(run) != _metrics(reference):
+        found.append("metrics.csv")
+    for table in reference.glob("*.jsonl"):
+        if (run / table.name).read_bytes() != table.read_bytes():
+            found.append(table.name)
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the tests; 0 if every run ended with the bits of an unbroken one."""
+    parser = argparse.ArgumentParser(prog="python -m tools.crash_test", description=__doc__.split("\n")[0])
+    parser.add_argument("--kills", type=int, default=100, help="of each kind of run (default: 100)")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of run (default: all)")
+    parser.add_argument("--workers", type=int, default=0, help="data loader processes (default: 0)")
+    parser.add_argument("--signal", choices=("KILL", "TERM", "USR1"), default="KILL", help="(default: KILL)")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
+    options = parser.parse_args(argv)
+    torch.set_num_threads(1)
+    console = Console()
+    begun = time.monotonic()
+    table = Table("run", "runs ended", "kills", *PHASES, "differences")
+    failed = False
+    with tempfile.TemporaryDirectory() as name, Progress(console=console, transient=True) as progress:
+        world = Path(name)
+        prepare(world)
+        for kind in options.kinds:
+            task = progress.add_task(kind, total=options.kills)
+            result = crash(
+                kind,
+                world,
+                options.kills,
+                options.workers,
+                options.seed,
+                signal.Signals[f"SIG{options.signal}"],
+                lambda task=task: progress.advance(task),  # type: ignore[misc]
+            )
+            failed |= bool(result.different)
+            for what, count in Counter(result.different).most_common(20):
+                console.print(f"{result.kind}: {count} of {result.runs} runs differ in {what}")
+            kills = [str(result.kills[phase]) for phase in PHASES]
+            table.add_row(
+                result.kind, str(result.runs), str(sum(result.kills.values())), *kills, str(len(result.different))
+            )
+    console.print(table)
+    console.print(f"{time.monotonic() - begun:.0f} s")
+    return int(failed)
+
+
+@dataclass(frozen=True)
+class _Moment:
+    """When to kill: so long after the start, or after a phase has been entered so many times."""
+
+    seconds: float
+    phase: str | None = None
+    entered: int = 1
+
+
+def _moment(draw: random.Random, kind: str, took: float) -> _Moment:
+    if draw.random() < 0.3:
+        return _Moment(draw.uniform(0.0, took))
+    possible = [phase for phase in PHASES if phase != "rollout" or kind.startswith("ppo")]
+    phase = draw.choice(possible)
+    return _Moment(draw.expovariate(1 / 0.004), phase, draw.randint(1, 4) if phase not in ("export", "start") else 1)
+
+
+def _run(command: list[str], moment: _Moment | None, by: signal.Signals) -> tuple[int | None, str]:
+    """Forks a process that trains; returns its exit code, None when the signal ended it, and the phase it was in last.
+
+    Forking spares each start the seconds that importing PyTorch takes.
+    """
+    shared = mmap.mmap(-1, 4 * (1 + len(PHASES)))
+    begun = time.monotonic()
+    child = os.fork()
+    if child == 0:
+        _train(command, shared)
+    phase, killed = PHASES[0], False
+    due: float | None = begun + moment.seconds if moment is not None and moment.phase is None else None
+    while True:
+        done, status = os.waitpid(child, os.WNOHANG)
+        now = time.monotonic()
+        if done:
+            code = os.waitstatus_to_exitcode(status)
+            return (None if killed and code in (-by, interrupt.AGAIN) else code), phase
+        numbers = _numbers(shared)
+        if moment is not None and due is None and numbers[1 + PHASES.index(moment.phase or "")] >= moment.entered:
+            due = now + moment.seconds
+        if not killed and due is not None and now >= due:
+            phase = PHASES[numbers[0]]
+            os.killpg(child, by) if by is signal.SIGKILL else os.kill(child, by)
+            killed = True
+        if now - begun > GIVE_UP:
+            os.killpg(child, signal.SIGKILL)
+            raise SystemExit(f"hangs: {' '.join(command)}")
+        time.sleep(0.0005)
+
+
+def _train(command: list[str], shared: mmap.mmap) -> None:
+    """The forked process: notes which phase it is in, trains, and never returns."""
+    os.setpgrp()  # worker processes die with it
+    code = 1
+    try:
+        run_dir = next(word.partition("=")[2] for word in command if word.startswith("run_dir="))
+        with open(Path(run_dir).parent / "log.txt", "w", encoding="utf-8") as log:
+            os.dup2(log.fileno(), 1)
+            os.dup2(log.fileno(), 2)
+            _noted(PPOModule, "collect", "rollout", shared)
+            _noted(AlignModule, "accumulate", "step", shared)
+            _noted(AlignModule, "step", "step", shared)
+            _noted(VerifiedCheckpointIO, "save_checkpoint", "checkpoint", shared)
+            _noted(fit, "export", "export", shared)
+            _enter(shared, 0)
+            code = fit.main(command)
+            sys.stdout.flush()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def _noted(owner: Any, name: str, phase: str, shared: mmap.mmap) -> None:
+    """Lets a function say that its phase has begun, and which one goes on when it is done."""
+    original, number = getattr(owner, name), PHASES.index(phase)
+
+    def noting(*arguments: Any, **keywords: Any) -> Any:
+        before = _numbers(shared)[0]
+        _enter(shared, number)
+        try:
+            return original(*arguments, **keywords)
+        finally:
+            shared[0:4] = before.to_bytes(4, "little")
+
+    setattr(owner, name, noting)
+
+
+def _enter(shared: mmap.mmap, number: int) -> None:
+    place = 4 * (1 + number)
+    shared[place : place + 4] = (_numbers(shared)[1 + number] + 1).to_bytes(4, "little")
+    shared[0:4] = number.to_bytes(4, "little")
+
+
+def _numbers(shared: mmap.mmap) -> list[int]:
+    """The phase at present, and how often each was entered."""
+    return [int.from_bytes(shared[place : place + 4], "little") for place in range(0, len(shared), 4)]
+
+
+def _metrics(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv without what a clock measured."""
+    with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
+        return [
+            {key: value for key, value in row.items() if not key.startswith("speed/")} for row in csv.DictReader(file)
+        ]
+
+
+def _unequal(one: Any, other: Any, place: str = "") -> list[str]:
+    """Where two states differ: dotted keys."""
+    if isinstance(one, Tensor) and isinstance(other, Tensor):
+        return [] if one.dtype == other.dtype and torch.equal(one, other) else [place]
+    if isinstance(one, Mapping) and isinstance(other, Mapping):
+        if one.keys() != other.keys():
+            return [place or "keys"]
+        return [found for key in one for found in _unequal(one[key], other[key], f"{place}.{key}")]
+    if isinstance(one, list | tuple) and isinstance(other, list | tuple):
+        if len(one) != len(other):
+            return [place]
+        pairs = enumerate(zip(one, other, strict=True))
+        return [found for number, pair in pairs for found in _unequal(*pair, f"{place}.{number}")]
+    return [] if one == other else [place]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
