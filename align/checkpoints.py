@@ -49,12 +49,13 @@ class VerifiedCheckpointIO(CheckpointIO):
         folder = Path(path)
         try:
             with atomic.folder_written_whole(folder) as fresh:
-                torch.save(checkpoint, fresh / STATE)
+                with open(fresh / STATE, "wb") as file:  # its own file handle would not say why it failed
+                    torch.save(checkpoint, file)
                 step = int(checkpoint["global_step"])
                 atomic.write_text(fresh / MANIFEST, json.dumps(_manifest(fresh, step), indent=1) + "\n")
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise CheckpointError(
-                f"the checkpoint {folder} could not be written: {_last_line(error)}. Earlier checkpoints are as they "
+                f"the checkpoint {folder} could not be written: {_cause(error)}. Earlier checkpoints are as they "
                 "were: make room, or make the folder writable, and give the same command again"
             ) from error
 
@@ -138,8 +139,11 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _last_line(error: Exception) -> str:
-    cause = error.__context__ if isinstance(error.__context__, OSError) else error
-    if isinstance(cause, OSError) and cause.strerror:
-        return cause.strerror
+def _cause(error: BaseException) -> str:
+    """The operating system's word for it: torch only says that it failed to write, and the system's error is in it."""
+    found: BaseException | None = error
+    while found is not None:
+        if isinstance(found, OSError) and found.strerror:
+            return found.strerror
+        found = found.__context__
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -139,7 +139,8 @@ def _train(config: DictConfig, start: resume.Start) -> int:
             print(f"{run_dir}: {_size(module)} on {trainer.strategy.root_device}, {trainer.precision}", flush=True)
             for note in start.notes:
                 print(f"{run_dir}: {note}", flush=True)
-            trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
+            with _of_this_model(start.checkpoint):
+                trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
         export(module, run_dir / "hf")
     return trainer.global_step
 
@@ -195,6 +196,20 @@ def export(module: LightningModule, folder: Path) -> None:
     """Writes the trained model as a Hugging Face folder, whole or not at all."""
     with folder_written_whole(folder) as fresh:
         module.export(fresh)  # type: ignore[operator]
+
+
+@contextlib.contextmanager
+def _of_this_model(checkpoint: Path | None) -> Iterator[None]:
+    """Says in plain words that a checkpoint's weights do not fit the model."""
+    try:
+        yield
+    except RuntimeError as error:
+        if checkpoint is None or "loading state_dict" not in str(error):
+            raise
+        lines = str(error).splitlines()
+        raise ConfigError(
+            [f"{checkpoint}: is not of this model: {lines[1].strip() if lines[1:] else lines[0]}"]
+        ) from error
 
 
 @contextlib.contextmanager

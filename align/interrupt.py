@@ -24,6 +24,7 @@ class _State:
 
     received: str | None = None
     depth = 0
+    listening = False
 
 
 def received() -> str | None:
@@ -35,15 +36,20 @@ def received() -> str | None:
 def listening() -> Iterator[None]:
     """Inside the block, signals end the run in good order. To be entered in the main thread."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
-    _State.received, _State.depth = None, 0
-    for number in SIGNALS:
-        signal.signal(number, _handle)
+    _State.received, _State.depth, _State.listening = None, 0, True
+    take_over()
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        _State.received, _State.depth = None, 0
+        _State.received, _State.depth, _State.listening = None, 0, False
+
+
+def take_over() -> None:
+    """Puts this package's handlers back in place, inside `listening`; elsewhere it does nothing."""
+    for number in SIGNALS if _State.listening else ():
+        signal.signal(number, _handle)
 
 
 @contextlib.contextmanager
@@ -51,7 +57,7 @@ def interruptible(alone: bool = True) -> Iterator[None]:
     """A computation whose results nobody keeps unless the block is left well, so it may be dropped at any moment.
 
     Args:
-        alone: False where other processes wait for this one to come to the same point: then nothing is dropped.
+        alone: False where nothing may be dropped: other processes wait for this one to come to the same point.
 
     Raises:
         Interrupted: By the first signal inside the block, or on entry after one.

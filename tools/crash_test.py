@@ -204,7 +204,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
             failed |= bool(result.different)
             for what, count in Counter(result.different).most_common(20):
-                console.print(f"{result.kind}: {count} of {result.runs} runs differ in {what}")
+                print(f"{result.kind}: {count} of {result.runs} runs differ in {what}")
             kills = [str(result.kills[phase]) for phase in PHASES]
             table.add_row(
                 result.kind, str(result.runs), str(sum(result.kills.values())), *kills, str(len(result.different))

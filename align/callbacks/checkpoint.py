@@ -47,6 +47,7 @@ class Checkpoints(Checkpoint):
         self._saved_at = time.monotonic()
         self._saved_step = -1
         self._wanted = False
+        self._within_step = False
 
     @classmethod
     def config_errors(cls, arguments: dict[str, Any]) -> list[str]:
@@ -59,7 +60,8 @@ class Checkpoints(Checkpoint):
         ]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Time counts from here."""
+        """Time counts from here, and signals are this package's: Lightning has just taken SIGTERM for itself."""
+        interrupt.take_over()
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(
@@ -67,8 +69,8 @@ class Checkpoints(Checkpoint):
     ) -> None:
         """Saves when it is time, or when a signal has come; this is called last, after all other callbacks.
 
-        Where validation or the end of the epoch follows, that has to be done first: a run that continued from here would
-        leave it out.
+        Where validation or the end of the epoch follows, that comes first: a run that continued from here would leave
+        it out.
         """
         self._wanted |= self._due(trainer)
         validates = trainer.enable_validation and (batch_idx + 1) % trainer.val_check_batch == 0
@@ -95,6 +97,7 @@ class Checkpoints(Checkpoint):
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Saves the state before the step that a signal cut short. One process: several would have to agree on it."""
         if isinstance(exception, Interrupted) and trainer.global_step != self._saved_step and trainer.world_size == 1:
+            self._within_step = True
             self.save(trainer)
 
     def save(self, trainer: L.Trainer) -> None:
@@ -118,6 +121,8 @@ class Checkpoints(Checkpoint):
         rows = [logger.rows for logger in trainer.loggers if isinstance(logger, MetricsFile)]
         checkpoint["metrics_rows"] = rows[0] if rows else 0
         checkpoint["table_bytes"] = {path.name: path.stat().st_size for path in _tables(trainer)}
+        if self._within_step:
+            _after_last_step(checkpoint["loops"]["fit_loop"])
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Drops the rows of these files that will be written again."""
@@ -162,3 +167,18 @@ class Checkpoints(Checkpoint):
 
 def _tables(trainer: L.Trainer) -> list[Path]:
     return sorted(Path(trainer.default_root_dir).glob("*.jsonl"))
+
+
+def _after_last_step(loop: dict[str, Any]) -> None:
+    """Makes of Lightning's counters within a step those it would have saved at the end of the step before.
+
+    It has no way of its own to tell these apart on resuming, and would count a step too many on the logger's axis.
+    """
+    progress = loop["epoch_loop.batch_progress"]
+    progress["is_last_batch"] = False
+    if progress["current"]["completed"] == 0:  # of the first step of all: nothing has been counted
+        return
+    for counts in (progress["total"], progress["current"]):
+        done = counts["completed"]
+        counts |= {"ready": done, "started": done, "processed": done, "completed": done - 1}
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1

@@ -53,8 +53,8 @@ class EMA(L.Callback):
         if self.every == "step" or outputs["rollout"] is not None:
             self.average.update_parameters(pl_module.exported())
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Writes the average as a Hugging Face folder."""
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Writes the average as a Hugging Face folder, also where a run is continued after its last step."""
         assert isinstance(pl_module, AlignModule) and self.average is not None
         if trainer.is_global_zero:
             save_model(self.average.module, pl_module.tokenizer, Path(trainer.default_root_dir) / "hf-ema")  # type: ignore[arg-type]

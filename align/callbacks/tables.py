@@ -43,7 +43,7 @@ class SampleTable(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The answers before the first step; a run that is continued has them."""
-        if trainer.global_step == 0:
+        if trainer.ckpt_path is None:
             self._write(trainer, pl_module)
 
     def on_train_batch_end(

@@ -93,7 +93,7 @@ class AlignModule(L.LightningModule):
         """
         totals: Stats = {}
         with (
-            interrupt.interruptible(self.trainer.world_size == 1),
+            interrupt.interruptible(self.may_be_dropped()),
             seeds.forked(self.seed, "dropout", self.global_step, self.global_rank),
         ):
             for loss, stats in pieces:
@@ -103,6 +103,15 @@ class AlignModule(L.LightningModule):
                     joined = value if so_far is None else _join(name, so_far, value)
                     totals[name] = joined.detach()
         return totals
+
+    def may_be_dropped(self) -> bool:
+        """Whether a signal may end the run within this step, which is then done again.
+
+        Not where other ranks wait for this one, nor in the first step of a later epoch, before which Lightning has no
+        state to go back to.
+        """
+        done = self.trainer.fit_loop.epoch_loop.batch_progress.current.completed
+        return self.trainer.world_size == 1 and (done > 0 or self.global_step == 0)
 
     def step(self) -> Stats:
         """Clips each network's gradient on its own, steps optimizer and schedule, and empties the gradients.

@@ -191,8 +191,7 @@ class PPOModule(AlignModule):
             minibatch: Episodes in a minibatch.
         """
         start = time.perf_counter()
-        alone = self.trainer.world_size == 1
-        with interrupt.interruptible(alone), self.precision(), forward.evaluating(self):
+        with interrupt.interruptible(self.may_be_dropped()), self.precision(), forward.evaluating(self):
             with seeds.forked(self.seed, "sample", iteration, self.global_rank):
                 completions = self.sampler(self.policy, prompts.to(self.device))
             sampled = time.perf_counter()

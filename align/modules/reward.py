@@ -97,8 +97,11 @@ class RewardModule(AlignModule):
         self.ranking.reset()
 
     @torch.no_grad()
-    def on_train_end(self) -> None:
-        """Centres the reward: labelers' demonstrations shall have mean 0 (section 3.5)."""
+    def on_fit_end(self) -> None:
+        """Centres the reward: labelers' demonstrations shall have mean 0 (section 3.5).
+
+        Not at the end of training, which a run that is continued after its last step does not have.
+        """
         batches = self.trainer.datamodule.demonstration_batches()  # type: ignore[attr-defined]
         with self.precision(), forward.evaluating(self.model):
             rewards = [self.demonstration_rewards(batch.to(self.device)) for batch in batches]
