@@ -1,5 +1,6 @@
 """When checkpoints are saved and which are kept. How they are written: align/checkpoints.py."""
 
+import copy
 import os
 import time
 from pathlib import Path
@@ -48,6 +49,7 @@ class Checkpoints(Checkpoint):
         self._saved_step = -1
         self._wanted = False
         self._within_step = False
+        self._loops: dict[str, Any] = {}
 
     @classmethod
     def config_errors(cls, arguments: dict[str, Any]) -> list[str]:
@@ -62,6 +64,7 @@ class Checkpoints(Checkpoint):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Time counts from here, and signals are this package's: Lightning has just taken SIGTERM for itself."""
         interrupt.take_over()
+        self._note_loops(trainer)
         self._saved_at = time.monotonic()
 
     def on_train_batch_end(
@@ -72,6 +75,7 @@ class Checkpoints(Checkpoint):
         Where validation or the end of the epoch follows, that comes first: a run that continued from here would leave
         it out.
         """
+        self._note_loops(trainer)
         self._wanted |= self._due(trainer)
         validates = trainer.enable_validation and (batch_idx + 1) % trainer.val_check_batch == 0
         if not trainer.is_last_batch and not validates:
@@ -82,6 +86,7 @@ class Checkpoints(Checkpoint):
         if trainer.sanity_checking:
             return
         self._wanted |= self.monitor is not None and self._is_better(trainer)
+        self._note_loops(trainer)
         if not trainer.is_last_batch:
             self._save_if_wanted(trainer)
 
@@ -122,7 +127,7 @@ class Checkpoints(Checkpoint):
         checkpoint["metrics_rows"] = rows[0] if rows else 0
         checkpoint["table_bytes"] = {path.name: path.stat().st_size for path in _tables(trainer)}
         if self._within_step:
-            _after_last_step(checkpoint["loops"]["fit_loop"])
+            checkpoint["loops"]["fit_loop"] = self._loops
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Drops the rows of these files that will be written again."""
@@ -150,6 +155,13 @@ class Checkpoints(Checkpoint):
         if stopping:
             raise Interrupted(interrupt.received() or "another rank's signal")
 
+    def _note_loops(self, trainer: L.Trainer) -> None:
+        """Keeps Lightning's counters as they are where a run can be continued from.
+
+        Within a step they are in between, and Lightning cannot go back to the end of the step before.
+        """
+        self._loops = copy.deepcopy(trainer.fit_loop.state_dict())
+
     def _due(self, trainer: L.Trainer) -> bool:
         if self.every_steps is not None and trainer.global_step % self.every_steps == 0:
             return True
@@ -167,18 +179,3 @@ class Checkpoints(Checkpoint):
 
 def _tables(trainer: L.Trainer) -> list[Path]:
     return sorted(Path(trainer.default_root_dir).glob("*.jsonl"))
-
-
-def _after_last_step(loop: dict[str, Any]) -> None:
-    """Makes of Lightning's counters within a step those it would have saved at the end of the step before.
-
-    It has no way of its own to tell these apart on resuming, and would count a step too many on the logger's axis.
-    """
-    progress = loop["epoch_loop.batch_progress"]
-    progress["is_last_batch"] = False
-    if progress["current"]["completed"] == 0:  # of the first step of all: nothing has been counted
-        return
-    for counts in (progress["total"], progress["current"]):
-        done = counts["completed"]
-        counts |= {"ready": done, "started": done, "processed": done, "completed": done - 1}
-    loop["epoch_loop.state_dict"]["_batches_that_stepped"] -= 1
