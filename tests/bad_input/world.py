@@ -109,7 +109,7 @@ class Reader(Trainer):
     @property
     def strategy(self) -> Any:
         """Says where the model would be."""
-        return SimpleNamespace(root_device="cpu")
+        return SimpleNamespace(root_device="cpu", precision_plugin=SimpleNamespace(precision="32-true"))
 
     def fit(self, module: LightningModule, datamodule: LightningDataModule) -> None:
         """Up to the first batch."""

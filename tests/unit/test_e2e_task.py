@@ -357,7 +357,7 @@ def test_extended_sheets_are_new_and_give_seven_or_eight_facts():
 def test_training_prompts_go_where_demonstrations_are_few(tables: dict[str, list[dict[str, Any]]]):
     described = [row for row in tables["prompts.train"] if row["category"] == "describe"]
     made_up = [row for row in described if not row["references"]]
-    assert len(made_up) / len(described) == pytest.approx(prepare.MADE_UP_SHARE, abs=1e-3)
+    assert len(made_up) / len(described) == pytest.approx(prepare.MADE_UP_SHARE, abs=0.01)
     assert not {row["sheet"] for row in made_up} & sheets.known_sheets()
 
 
@@ -374,8 +374,8 @@ def test_questions_that_all_answers_agree_on_get_made_up_ones():
     found = label.contrasted(rows, seed=0)
     assert found == label.contrasted(rows, seed=0)
     italian, declined = "It serves Italian food.", "That is not stated."
-    assert found[0]["responses"] == [italian, italian, declined, italian]  # nothing else was said to this question
-    assert found[1]["responses"] == [declined, declined, italian, declined]
+    assert found[0]["responses"] == [italian, italian, declined, declined]
+    assert found[1]["responses"] == [declined, declined, italian, italian]
     assert [row["responses"] for row in found[2:]] == [row["responses"] for row in rows[2:]]
 
 

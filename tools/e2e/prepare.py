@@ -94,7 +94,7 @@ def prompts(
 ) -> list[Row]:
     """Distinct prompts: a description of each sheet, and questions (a fixed share where no count is given).
 
-    A share of the sheets is extended to seven or eight facts; nobody has described such a place.
+    A share of the sheets is extended to seven or eight facts, about a place that nobody has described.
     """
     draw = random.Random(seed)
     references: dict[str, list[str]] = {}
