@@ -279,9 +279,9 @@ def _train(command: list[str], shared: mmap.mmap) -> None:
             _enter(shared, 0)
             code = fit.main(command)
             sys.stdout.flush()
-    except BaseException:
-        traceback.print_exc()
     finally:
+        if sys.exc_info()[0] is not None:
+            traceback.print_exc()
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -149,7 +149,7 @@ def test_a_command_with_its_own_keys(folder: Path) -> None:
 
 def test_the_known_keys_are_those_of_the_documentation() -> None:
     assert set(FIT_KEYS) == {
-        "run_dir", "seed", "overwrite", "tokenizer", "data", "module", "trainer", "callbacks", "loggers"
+        "run_dir", "seed", "overwrite", "resume", "tokenizer", "data", "module", "trainer", "callbacks", "loggers"
     }  # fmt: skip
 
 

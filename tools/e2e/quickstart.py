@@ -2,6 +2,7 @@
 
 Each stage is a command a user could type; this file only knows their order, times them, and stops at the first that
 fails. PPO-ptx and plain PPO do not depend on each other and run side by side, each on half of the processor's cores.
+What was killed goes on when it is started again: with the stage it was in, and in that stage from its last checkpoint.
 """
 
 import argparse
@@ -14,7 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from align.atomic import write_text
+
 FIT = "align.fit"
+EVALUATE = "align.evaluate"
+
+PROGRESS = Path("runs/quickstart.txt")
+"""The number of the stage that has been begun and not ended."""
+
 PLAIN_PPO = ("run_dir=runs/ppo", "module.ppo.ptx_coef=0", "data.pretraining_batch=0")
 
 
@@ -28,8 +36,8 @@ class Command:
 
 STAGES: tuple[tuple[str, tuple[Command, ...]], ...] = (
     ("data, tokenizer and a random model", (Command(("tools.e2e.prepare", "--out", "runs/data")),)),
-    ("base model: pretraining on plain text", (Command((FIT, "configs/base.yaml", "overwrite=true")),)),
-    ("SFT on demonstrations", (Command((FIT, "configs/sft.yaml", "overwrite=true")),)),
+    ("base model: pretraining on plain text", (Command((FIT, "configs/base.yaml")),)),
+    ("SFT on demonstrations", (Command((FIT, "configs/sft.yaml")),)),
     ("4 answers a prompt from the SFT model", (Command(("align.sample", "configs/sample.yaml")),)),
     (
         "rankings: simulated labelers, and people",
@@ -42,15 +50,15 @@ STAGES: tuple[tuple[str, tuple[Command, ...]], ...] = (
             ),
         ),
     ),
-    ("reward model", (Command((FIT, "configs/reward.yaml", "overwrite=true")),)),
+    ("reward model", (Command((FIT, "configs/reward.yaml")),)),
     (
         "PPO-ptx, and plain PPO beside it",
         (
-            Command((FIT, "configs/ppo.yaml", "overwrite=true")),
-            Command((FIT, "configs/ppo.yaml", *PLAIN_PPO, "overwrite=true"), log="runs/ppo.log"),
+            Command((FIT, "configs/ppo.yaml")),
+            Command((FIT, "configs/ppo.yaml", *PLAIN_PPO), log="runs/ppo.log"),
         ),
     ),
-    ("evaluation", (Command(("align.evaluate", "configs/evaluate.yaml", "overwrite=true")),)),
+    ("evaluation", (Command((EVALUATE, "configs/evaluate.yaml")),)),
     ("report", (Command(("tools.e2e.report", "--runs", "runs", "--out", "runs/report")),)),
 )  # fmt: skip
 
@@ -58,10 +66,13 @@ STAGES: tuple[tuple[str, tuple[Command, ...]], ...] = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the stages; returns the exit code of the first that fails, or 0."""
     parser = argparse.ArgumentParser(prog="python -m tools.e2e.quickstart", description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--start", type=int, default=1, metavar="N", help=f"begin with stage N of {len(STAGES)}, on what is there"
-    )
-    first = parser.parse_args(argv).start
+    parser.add_argument("--start", type=int, metavar="N", help=f"begin with stage N of {len(STAGES)}, on what is there")
+    parser.add_argument("--anew", action="store_true", help="do not continue what was stopped")
+    options = parser.parse_args(argv)
+    continues = options.start is None and not options.anew and PROGRESS.exists()
+    first = int(PROGRESS.read_text(encoding="utf-8")) if continues else options.start or 1
+    if continues:
+        print(f"continues with stage {first} of {len(STAGES)}; --anew begins again")
     begun = time.monotonic()
     times = []
     for number, (name, commands) in enumerate(STAGES, start=1):
@@ -69,25 +80,31 @@ def main(argv: Sequence[str] | None = None) -> int:
             continue
         print(f"\n[{number}/{len(STAGES)}] {name}  ({_clock(time.monotonic() - begun)} so far)", flush=True)
         start = time.monotonic()
-        code = _run(commands)
+        PROGRESS.parent.mkdir(exist_ok=True)
+        write_text(PROGRESS, f"{number}\n")
+        code = _run(commands, overwrite=not (continues and number == first))
         if code:
-            print(f"stage {number} failed with exit code {code}; after mending it: --start {number}", file=sys.stderr)
+            print(f"stage {number} ended with exit code {code}; the same command continues here", file=sys.stderr)
             return code
         times.append((name, time.monotonic() - start))
+    PROGRESS.unlink()
     print("\n" + "\n".join(f"{_clock(seconds):>7}  {name}" for name, seconds in times))
     print(f"{_clock(time.monotonic() - begun):>7}  in all. Report: runs/report/report.md, plots beside it")
     return 0
 
 
-def _run(commands: tuple[Command, ...]) -> int:
+def _run(commands: tuple[Command, ...], *, overwrite: bool) -> int:
     """Runs the commands side by side; the first exit code that is not 0, else 0."""
     threads = max(1, (os.cpu_count() or 1) // len(commands))
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     running = []
     for command in commands:
-        shown = shlex.join(("python", "-m", *command.words))
+        words = list(command.words)
+        if words[0] == EVALUATE or (overwrite and words[0] == FIT):
+            words.append("overwrite=true")
+        shown = shlex.join(("python", "-m", *words))
         print(f"$ {shown}" + (f" > {command.log}" if command.log else ""), flush=True)
-        words = [sys.executable, "-m", *command.words]
+        words = [sys.executable, "-m", *words]
         if command.log is None:
             running.append(subprocess.Popen(words, env=environment))
         else:
