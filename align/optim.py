@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from math import cos, pi
 from typing import Literal
 
+import bitsandbytes.optim
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -19,6 +20,8 @@ class Optim:
 
     Attributes:
         lr: Peak learning rate.
+        name: "adamw", or "adamw8bit": bitsandbytes' AdamW, whose two moments take a byte each (of tensors with fewer
+            than 4,096 numbers, four).
         betas: Decay of the first and second moment.
         epsilon: Added after the bias correction, as PyTorch does.
         weight_decay: Decoupled; of matrices only.
@@ -31,6 +34,7 @@ class Optim:
     """
 
     lr: float
+    name: Literal["adamw", "adamw8bit"] = "adamw"
     betas: Sequence[float] = (0.9, 0.95)
     epsilon: float = 1e-5
     weight_decay: float = 0.0
@@ -90,5 +94,10 @@ class Optim:
             if vectors:
                 groups.append({"params": vectors, "lr": lr, "weight_decay": 0.0, "name": name})
         first, second = self.betas
-        optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(first, second), eps=self.epsilon, fused=True)
+        numbers = {"lr": self.lr, "betas": (first, second), "eps": self.epsilon}
+        optimizer: torch.optim.Optimizer
+        if self.name == "adamw8bit":
+            optimizer = bitsandbytes.optim.AdamW8bit(groups, **numbers)
+        else:
+            optimizer = torch.optim.AdamW(groups, **numbers, fused=True)
         return optimizer, LambdaLR(optimizer, lambda step: self.fraction(step, steps))

@@ -48,7 +48,14 @@ ONE_ADDRESS = {
 }
 """What only one file may call."""
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/details.md", "docs/metrics.md", "docs/extend.md", "docs/reliability.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/details.md",
+    "docs/metrics.md",
+    "docs/extend.md",
+    "docs/reliability.md",
+)
 
 NAMED = re.compile(r"(?<![\w/])((?:align|configs|tools|tests|docs|data)/[\w./-]*\w)(?::([\w.]*\w))?")
 """A path from the root of the repository, and what is named in it: align/optim.py:Optim.fraction."""

@@ -124,18 +124,25 @@ def arguments(kind: str, world: Path, workers: int) -> list[str]:
 
 
 def crash(
-    kind: str, world: Path, kills: int, workers: int, seed: int, by: signal.Signals, tick: Callable[[], None]
+    kind: str,
+    world: Path,
+    kills: int,
+    workers: int = 0,
+    seed: int = 0,
+    by: signal.Signals = signal.SIGKILL,
+    tick: Callable[[], None] = lambda: None,
+    optimizer: str = "adamw",
 ) -> Result:
     """Kills runs of a kind `kills` times in all, and compares each with an unbroken one when it is done."""
     draw = random.Random(f"{seed}/{kind}/{workers}")
-    command = arguments(kind, world, workers)
-    reference = world / f"{kind}-{workers}-unbroken"
+    command = [*arguments(kind, world, workers), f"module.optim.name={optimizer}"]
+    reference = world / f"{kind}-{workers}-{optimizer}-unbroken"
     begun = time.monotonic()
     if _run([*command, f"run_dir={reference}"], None, by)[0] != 0:
         raise SystemExit(f"{kind}: the unbroken run failed:\n{(world / 'log.txt').read_text()[-3000:]}")
     took = time.monotonic() - begun
-    result = Result(kind if not workers else f"{kind}, {workers} workers")
-    run = world / f"{kind}-{workers}-killed"
+    result = Result(", ".join([kind, *([f"{workers} workers"] * bool(workers)), optimizer]))
+    run = world / f"{kind}-{workers}-{optimizer}-killed"
     while sum(result.kills.values()) < kills:
         result.runs += 1
         while True:
@@ -180,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=100, help="of each kind of run (default: 100)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of run (default: all)")
     parser.add_argument("--workers", type=int, default=0, help="data loader processes (default: 0)")
+    parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="(default: adamw)")
     parser.add_argument("--signal", choices=("KILL", "TERM", "USR1"), default="KILL", help="(default: KILL)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     options = parser.parse_args(argv)
@@ -201,6 +209,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 options.seed,
                 signal.Signals[f"SIG{options.signal}"],
                 lambda task=task: progress.advance(task),  # type: ignore[misc]
+                options.optimizer,
             )
             failed |= bool(result.different)
             for what, count in Counter(result.different).most_common(20):

@@ -1,0 +1,53 @@
+"""The order of the quickstart's stages: what was stopped goes on where it was."""
+
+from pathlib import Path
+
+import pytest
+
+from tools.e2e import quickstart
+from tools.e2e.quickstart import Command
+
+
+@pytest.fixture
+def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two stages that take no time: one that works, one that needs a file."""
+    monkeypatch.chdir(tmp_path)
+    works = Command(("timeit", "-n1", "-r1", "open('first', 'a').write('x')"))
+    needs = Command(("json.tool", "needed.json", "done.json"))
+    monkeypatch.setattr(quickstart, "STAGES", (("works", (works,)), ("needs a file", (needs,))))
+    return tmp_path
+
+
+def test_a_stage_that_failed_is_where_the_same_command_continues(
+    stages: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert quickstart.main([]) != 0
+    assert "stage 2 ended with exit code" in capsys.readouterr().err
+    (stages / "needed.json").write_text("{}")
+    assert quickstart.main([]) == 0
+    assert "continues with stage 2 of 2" in capsys.readouterr().out
+    assert (stages / "done.json").exists() and (stages / "first").read_text() == "x"
+
+
+def test_when_all_is_done_it_begins_again(stages: Path) -> None:
+    (stages / "needed.json").write_text("{}")
+    assert quickstart.main([]) == 0 == quickstart.main([])
+    assert (stages / "first").read_text() == "xx"
+
+
+def test_anew_and_start_say_where_to_begin(stages: Path) -> None:
+    assert quickstart.main([]) != 0 and quickstart.main(["--anew"]) != 0
+    assert (stages / "first").read_text() == "xx"
+    (stages / "needed.json").write_text("{}")
+    assert quickstart.main(["--start", "2"]) == 0
+    assert (stages / "first").read_text() == "xx"
+
+
+@pytest.mark.parametrize(("overwrite", "expected"), [(True, [True, True]), (False, [False, True])])
+def test_only_a_stage_that_continues_keeps_what_is_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], overwrite: bool, expected: list[bool]
+) -> None:
+    commands = (Command((quickstart.FIT, "no.yaml")), Command((quickstart.EVALUATE, "no.yaml")))
+    assert quickstart._run(commands, overwrite=overwrite) == 2
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
+    assert [line.endswith("overwrite=true") for line in shown] == expected
