@@ -98,7 +98,7 @@ def prepare(folder: Path) -> None:
 def arguments(kind: str, world: Path, workers: int) -> list[str]:
     """The command line of a kind of run, without its folder."""
     model, rows, texts = world / "model", world / "rows.jsonl", world / "texts.jsonl"
-    shared = [f"tokenizer.path={model}", "loggers.wandb=false"]
+    shared = [f"tokenizer.path={model}", "loggers.wandb=false", "trainer.log_every_n_steps=1"]
     if kind == "sft":
         return [
             str(world / "sft.yaml"), *shared, f"module.model.path={model}", f"data.train={rows}",

@@ -160,19 +160,21 @@ class AlignModule(L.LightningModule):
             )
         rank_zero_warn(f"{what}. The step is left out")
 
-    def report(self, stats: Stats, *, tokens: int, bar: tuple[str, ...] = ()) -> None:
-        """Logs a step's statistics, and how fast it was.
+    def report(self, stats: Stats, *, tokens: int, bar: tuple[str, ...] = (), always: bool = False) -> None:
+        """Logs a step's statistics, and how fast it was, as often as the trainer's `log_every_n_steps` says.
 
         Args:
             stats: By name, under which docs/metrics.md explains them.
             tokens: That the step learned from.
             bar: The names to show beside the progress bar.
+            always: Logs this step whatever its number.
         """
         now = time.perf_counter()
         stats = {**stats, "speed/tokens_per_second": torch.tensor(tokens / (now - self._clock))}
         self._clock = now
         # Straight to the loggers: `self.log` would repeat a rollout's numbers at every step until the next rollout.
-        for logger in self.loggers:
+        every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+        for logger in self.loggers if always or self.global_step % every == 0 else ():
             logger.log_metrics({name: float(value) for name, value in stats.items()}, step=self.global_step)
         self.log_dict(
             {name: value.float() for name, value in stats.items() if name in bar}, prog_bar=True, logger=False

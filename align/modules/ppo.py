@@ -256,7 +256,8 @@ class PPOModule(AlignModule):
             tokens += int(batch.pretraining.lengths.sum())
         stats |= self.accumulate(self.ppo_losses(batch.episodes))
         stats |= self.step()
-        self.report(stats, tokens=tokens, bar=("rollout/score", "rollout/kl", "rollout/response_length"))
+        shown = ("rollout/score", "rollout/kl", "rollout/response_length")
+        self.report(stats, tokens=tokens, bar=shown, always=batch.fresh is not None)
         return {"metrics": stats, "rollout": batch.fresh}
 
     def ppo_losses(self, episodes: Rollout) -> Iterator[tuple[Tensor, Stats]]:

@@ -1,4 +1,4 @@
-"""What `trainer.precision: auto` means, by what the processor says it can."""
+"""What `trainer.precision: auto` means."""
 
 import pytest
 import torch
@@ -6,26 +6,14 @@ import torch
 from align.precision import fastest
 
 
-@pytest.mark.parametrize(
-    ("able", "expected"),
-    [
-        ({"avx512_bf16": True, "amx_bf16": False}, "bf16-mixed"),
-        ({"avx512_bf16": False, "amx_bf16": True}, "bf16-mixed"),
-        ({"avx512_bf16": False, "amx_bf16": False}, "32-true"),
-        ({}, "32-true"),
-    ],
-)
-def test_bfloat16_only_where_the_processor_multiplies_it(
-    monkeypatch: pytest.MonkeyPatch, able: dict[str, bool], expected: str
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: able, raising=False)
-    assert fastest("cpu") == expected
-
-
-def test_an_unknown_accelerator_gets_float32() -> None:
-    assert fastest("mps") == "32-true"
+@pytest.mark.parametrize(("able", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
+def test_a_gpu_gets_bfloat16_where_it_multiplies_it(monkeypatch: pytest.MonkeyPatch, able: bool, expected: str) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: able)
+    assert fastest("gpu") == fastest("auto") == expected
+    assert fastest("cpu") == "32-true"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without a GPU")
-def test_auto_is_the_cpu_where_there_is_no_gpu() -> None:
-    assert fastest("auto") == fastest("cpu")
+def test_everything_else_gets_float32() -> None:
+    assert fastest("auto") == fastest("cpu") == fastest("mps") == "32-true"
