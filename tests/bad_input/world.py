@@ -111,7 +111,7 @@ class Reader(Trainer):
         """Says where the model would be."""
         return SimpleNamespace(root_device="cpu", precision_plugin=SimpleNamespace(precision="32-true"))
 
-    def fit(self, module: LightningModule, datamodule: LightningDataModule) -> None:
+    def fit(self, module: LightningModule, datamodule: LightningDataModule, ckpt_path: Path | None) -> None:
         """Up to the first batch."""
         datamodule.setup("fit")
         next(iter(datamodule.train_dataloader()))
