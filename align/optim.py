@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from math import cos, pi
 from typing import Literal
 
-import bitsandbytes.optim
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
@@ -94,10 +93,11 @@ class Optim:
             if vectors:
                 groups.append({"params": vectors, "lr": lr, "weight_decay": 0.0, "name": name})
         first, second = self.betas
-        numbers = {"lr": self.lr, "betas": (first, second), "eps": self.epsilon}
         optimizer: torch.optim.Optimizer
         if self.name == "adamw8bit":
-            optimizer = bitsandbytes.optim.AdamW8bit(groups, **numbers)
+            from bitsandbytes.optim.adamw import AdamW8bit  # takes a second, and says what it does not find
+
+            optimizer = AdamW8bit(groups, lr=self.lr, betas=(first, second), eps=self.epsilon)
         else:
-            optimizer = torch.optim.AdamW(groups, **numbers, fused=True)
+            optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(first, second), eps=self.epsilon, fused=True)
         return optimizer, LambdaLR(optimizer, lambda step: self.fraction(step, steps))

@@ -77,7 +77,8 @@ class Checkpoints(Checkpoint):
         """
         self._note_loops(trainer)
         self._wanted |= self._due(trainer)
-        validates = trainer.enable_validation and (batch_idx + 1) % trainer.val_check_batch == 0
+        between = trainer.val_check_batch
+        validates = trainer.enable_validation and isinstance(between, int) and (batch_idx + 1) % between == 0
         if not trainer.is_last_batch and not validates:
             self._save_if_wanted(trainer)
 

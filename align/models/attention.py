@@ -23,8 +23,7 @@ def attend(
     if query.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
     with torch.autocast("cpu", enabled=False):
-        states = (state.float() for state in (query, key, value))
-        return sdpa_attention_forward(module, *states, attention_mask, **arguments)
+        return sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **arguments)
 
 
 def use_attend(model: PreTrainedModel) -> None:
