@@ -311,6 +311,7 @@ def test_wandb_goes_on_with_the_same_run(world: Path, tmp_path: Path, monkeypatc
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = tmp_path / "run"
     command = [word for word in sft(world, run) if word != "loggers.wandb=false"]
+    command.append("loggers.wandb={project: align, mode: offline}")
     with stop_at(8):
         assert fit.main(command) == interrupt.AGAIN
     assert fit.main(command) == 0
