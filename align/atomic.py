@@ -57,8 +57,15 @@ def remove(folder: Path) -> None:
 
 
 def sweep(folder: Path, *names: str) -> None:
-    """Deletes what a killed process left unfinished: the temporary files and folders of these names (globs)."""
+    """Deletes what a killed process left unfinished: the temporary files and folders of these names (globs).
+
+    A folder that was moved aside for a newer one that never came is put back.
+    """
     for name in names:
+        for old in folder.glob(f".{name}.old"):
+            whole = old.with_name(old.name.removeprefix(".").removesuffix(".old"))
+            if not whole.exists():
+                old.rename(whole)
         for path in folder.glob(f".{name}.*"):
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
 

@@ -18,6 +18,9 @@ from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from align import atomic
 from align.errors import RunError
 
+FOLDER = "checkpoints"
+"""In a run's folder."""
+
 STATE = "state.pt"
 MANIFEST = "manifest.json"
 PATTERN = "step-*"

@@ -98,6 +98,11 @@ def read(path: str | Path, overrides: Sequence[str] = (), known_keys: Collection
     return config
 
 
+def plain(config: Any) -> dict[str, Any]:
+    """The configuration as nested dicts and lists, references followed."""
+    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
+
+
 def check(
     config: DictConfig,
     *,

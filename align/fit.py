@@ -17,14 +17,14 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from align import cli, interrupt, loggers, precision, resume
 from align.atomic import folder_written_whole
 from align.build import build
 from align.callbacks.checkpoint import Checkpoints
 from align.checkpoints import VerifiedCheckpointIO
-from align.config import AUTO, FIT_KEYS, ConfigError, check, read
+from align.config import AUTO, FIT_KEYS, ConfigError, check, plain, read
 from align.data.base import AlignData
 from align.interrupt import Interrupted
 
@@ -133,7 +133,7 @@ def _train(config: DictConfig, start: resume.Start) -> int:
         if config.get("resume") == "force" and isinstance(data, AlignData):
             data.may_change = True
         with loggers.opened(
-            build(config.get("loggers") or {}, "loggers", FIT_KEYS["loggers"]), run_dir, _plain(config)
+            build(config.get("loggers") or {}, "loggers", FIT_KEYS["loggers"]), run_dir, plain(config)
         ) as opened:
             trainer = build_trainer(config, folder, opened)
             print(f"{run_dir}: {_size(module)} on {trainer.strategy.root_device}, {trainer.precision}", flush=True)
@@ -234,10 +234,6 @@ def _quiet_lightning() -> Iterator[None]:
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
     return record.levelno >= logging.WARNING or Path(record.pathname).is_relative_to(Path(__file__).parent)
-
-
-def _plain(config: DictConfig) -> dict[str, Any]:
-    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
 
 
 def _size(module: torch.nn.Module) -> str:

@@ -67,20 +67,11 @@ def interruptible(alone: bool = True) -> Iterator[None]:
         return
     _State.depth += 1
     try:
-        raise_if_received()
+        if _State.received is not None:
+            raise Interrupted(_State.received)
         yield
     finally:
         _State.depth -= 1
-
-
-def raise_if_received() -> None:
-    """To be called where the state is complete.
-
-    Raises:
-        Interrupted: A signal has come.
-    """
-    if _State.received is not None:
-        raise Interrupted(_State.received)
 
 
 def _handle(number: int, frame: FrameType | None) -> None:

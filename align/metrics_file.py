@@ -6,7 +6,6 @@ continues from and writes the rest anew, so the file of a run that was killed is
 
 import csv
 import io
-import math
 import os
 from argparse import Namespace
 from collections.abc import Mapping
@@ -121,9 +120,5 @@ def _text(columns: list[str], rows: list[dict[str, Any]], *, header: bool) -> st
     writer = csv.DictWriter(out, fieldnames=columns, restval="", extrasaction="ignore", lineterminator="\n")
     if header:
         writer.writeheader()
-    writer.writerows({key: _shown(value) for key, value in row.items()} for row in rows)
+    writer.writerows(rows)
     return out.getvalue()
-
-
-def _shown(value: Any) -> Any:
-    return "nan" if isinstance(value, float) and math.isnan(value) else value

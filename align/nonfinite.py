@@ -1,7 +1,6 @@
 """Numbers that are none: which tensor was the first, and the batch it came with, saved to be looked at."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import fields
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from align import atomic
-from align.types import Record
+from align.types import named_tensors
 
 FOLDER = "nonfinite"
 
@@ -35,15 +34,6 @@ def save_batch(run_dir: Path, step: int, batch: Any, bad: str) -> Path:
     with atomic.folder_written_whole(folder) as fresh:
         torch.save({"step": step, "bad": bad, "tensors": tensors}, fresh / "batch.pt")
     return folder / "batch.pt"
-
-
-def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a record and of the records in it, by dotted field name."""
-    if isinstance(value, Tensor):
-        yield prefix or "the tensor", value
-    elif isinstance(value, Record):
-        for item in fields(value):  # type: ignore[arg-type]
-            yield from named_tensors(getattr(value, item.name), f"{prefix}.{item.name}" if prefix else item.name)
 
 
 def _finite(tensor: Tensor) -> bool:

@@ -16,10 +16,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from align import atomic, checkpoints, cli, schema
-from align.config import ConfigError
+from align.config import ConfigError, plain
 from align.schema import TARGET, join
 
-CHECKPOINTS = "checkpoints"
 FINISHED = "finished.json"
 
 HARMLESS = ("run_dir", "overwrite", "resume", "loggers")
@@ -95,7 +94,7 @@ def decide(config: DictConfig) -> Start:
     folder = Path(config.run_dir)
     if config.get("overwrite") or config.get("resume") == "never" or not _holds_a_run(folder):
         return Start()
-    changed = differences(_plain(OmegaConf.load(folder / "config.yaml")), _plain(config))
+    changed = differences(plain(OmegaConf.load(folder / "config.yaml")), plain(config))
     if changed and config.get("resume") != "force":
         raise ConfigError(
             [
@@ -107,7 +106,7 @@ def decide(config: DictConfig) -> Start:
     if (folder / FINISHED).exists():
         step = json.loads((folder / FINISHED).read_text(encoding="utf-8"))["step"]
         return Start(continues=True, step=step, finished=True)
-    checkpoint, damaged = checkpoints.newest_good(folder / CHECKPOINTS)
+    checkpoint, damaged = checkpoints.newest_good(folder / checkpoints.FOLDER)
     notes = [*(f"changed: {line}" for line in changed), *checkpoints.described(damaged)]
     if checkpoint is None and damaged:
         raise ConfigError([f"run_dir: {folder} has no whole checkpoint; overwrite=true begins anew", *notes])
@@ -150,16 +149,12 @@ def _holds_a_run(folder: Path) -> bool:
 def _tidy(folder: Path, checkpoint: Path | None, damaged: list[checkpoints.Damage]) -> None:
     """Removes what a killed process left, and damaged checkpoints: their steps will be saved again."""
     atomic.sweep(folder, "hf", "hf-ema", "metrics.csv", "config.yaml", FINISHED)
-    atomic.sweep(folder / CHECKPOINTS, "step-*")
+    atomic.sweep(folder / checkpoints.FOLDER, "step-*")
     for item in damaged:
         atomic.remove(item.folder)
     if checkpoint is None:  # no state is left to say how much of them to keep
         for file in (*folder.glob("*.jsonl"), folder / "metrics.csv"):
             file.unlink(missing_ok=True)
-
-
-def _plain(config: Any) -> dict[str, Any]:
-    return OmegaConf.to_container(config, resolve=True)  # type: ignore[return-value]
 
 
 def _without_harmless(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ a token cannot change it, and lengths say where a sequence ends. No record needs
 Masks have one polarity: True = counts.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -147,3 +148,12 @@ class Minibatch(Record):
         """The same minibatch with every tensor on `device`."""
         text = self.pretraining.to(device) if self.pretraining is not None else None
         return replace(self, episodes=self.episodes.to(device), pretraining=text)
+
+
+def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a record and of the records in it, by dotted field name; a tensor alone is "the tensor"."""
+    if isinstance(value, Tensor):
+        yield prefix or "the tensor", value
+    elif isinstance(value, Record):
+        for item in fields(value):  # type: ignore[arg-type]
+            yield from named_tensors(getattr(value, item.name), f"{prefix}.{item.name}" if prefix else item.name)

@@ -13,8 +13,6 @@ from align import checkpoints, interrupt
 from align.interrupt import Interrupted
 from align.metrics_file import MetricsFile
 
-FOLDER = "checkpoints"
-
 
 class Checkpoints(Checkpoint):
     """Saves the whole state of a run in `checkpoints/step-NNNNNNNNN`, so that it can be continued from there.
@@ -108,7 +106,7 @@ class Checkpoints(Checkpoint):
 
     def save(self, trainer: L.Trainer) -> None:
         """Saves now, then removes what need not be kept. All ranks must call it."""
-        folder = Path(trainer.default_root_dir) / FOLDER
+        folder = Path(trainer.default_root_dir) / checkpoints.FOLDER
         step = trainer.global_step
         if self.monitor is not None and self._is_better(trainer):
             self.best = {"step": step, "value": float(trainer.callback_metrics[self.monitor])}

@@ -21,7 +21,7 @@ from align.data.loader import stream
 from align.data.prompts import PromptData
 from align.data.sources import Source
 from align.data.text import encode_texts, too_short
-from align.types import Minibatch, Prompts, Record, Rollout, Sequences
+from align.types import Minibatch, Prompts, Rollout, Sequences, named_tensors
 
 Collect = Callable[[Prompts, int, int], Rollout]
 """(prompts, iteration, episodes in a minibatch) -> the rollout, in the order of the prompts."""
@@ -259,7 +259,7 @@ class ExperienceLoader:
         if self._saved.get("step") == step:
             return self._saved
         needed = self._rollout is not None and step % self.steps_per_rollout != 0
-        own = _tensors(self._rollout) if needed and self._rollout is not None else {}
+        own = {name: tensor.cpu() for name, tensor in named_tensors(self._rollout)} if needed else {}
         everyone: list[dict[str, Tensor]] = [own]
         if self.world_size > 1:
             everyone = [{} for _ in range(self.world_size)]
@@ -291,20 +291,8 @@ def _not_dividing(arguments: dict[str, Any], whole: str, part: str) -> list[str]
     return [f"{whole}: got {size}, expected a multiple of {part}={unit}, such as {' or '.join(map(str, near))}"]
 
 
-def _tensors(record: Record, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of a record and of the records in it, on the CPU, by dotted field name."""
-    found: dict[str, Tensor] = {}
-    for item in fields(record):  # type: ignore[arg-type]
-        value = getattr(record, item.name)
-        if isinstance(value, Tensor):
-            found[prefix + item.name] = value.cpu()
-        elif isinstance(value, Record):
-            found |= _tensors(value, f"{prefix}{item.name}.")
-    return found
-
-
 def _record(kind: Any, tensors: dict[str, Tensor], rows: tuple[dict[str, Any], ...], prefix: str = "") -> Any:
-    """The inverse of `_tensors`; `rows` fills the field of that name, which is not saved."""
+    """The inverse of `named_tensors`; `rows` fills the field of that name, which is not saved."""
     values: dict[str, Any] = {}
     for item in fields(kind):
         if item.name == "rows":

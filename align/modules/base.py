@@ -130,10 +130,7 @@ class AlignModule(L.LightningModule):
         for group in optimizer.param_groups:  # type: ignore[union-attr]
             parameters.setdefault(group["name"], []).extend(group["params"])
             stats[f"lr/{group['name']}"] = torch.tensor(group["lr"])
-        norms = {
-            name: nn.utils.get_total_norm([p.grad for p in own if p.grad is not None])
-            for name, own in parameters.items()
-        }
+        norms = {name: gradient_norm(own) for name, own in parameters.items()}
         if all(bool(norm.isfinite()) for norm in norms.values()):
             self.nonfinite_steps = 0
             for name, own in parameters.items():
