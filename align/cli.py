@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from types import TracebackType
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
+from align import distributed
 from align.atomic import write_text
 from align.config import ConfigError
 from align.errors import RunError
@@ -168,6 +170,8 @@ def is_run(folder: Path) -> bool:
 
 
 def _print_mistake(prog: str, config: str, error: Exception) -> None:
+    if not distributed.is_first():  # which has most likely found the same, and is about to take this process with it
+        time.sleep(2.0)
     messages = error.errors if isinstance(error, ConfigError) else [str(error)]
     count = "1 error" if len(messages) == 1 else f"{len(messages)} errors"
     lines = [f"{prog} {config}: {count}", *("  - " + text.replace("\n", "\n    ") for text in messages)]

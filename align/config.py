@@ -54,7 +54,8 @@ TRAINER_REMEDIES: Mapping[str, str] = {
 AUTO = "auto"
 """As `trainer.precision`: what is fastest on the machine at hand (`align.precision`)."""
 
-ONE_PROCESS: Mapping[str, Collection[Any]] = {"devices": (1, "1", "auto"), "num_nodes": (1,)}
+STRATEGIES = ("auto", "ddp")
+"""Names that `trainer.strategy` may have; both mean align.strategy.DDP where there are several processes."""
 
 
 class ConfigError(ValueError):
@@ -217,11 +218,14 @@ class _Checker:
         for key, remedy in TRAINER_REMEDIES.items():
             if key in values:
                 self.errors.append(f"trainer.{key}: {remedy}")
-        for key, allowed in ONE_PROCESS.items():
-            if key in values and not isinstance(values[key], _Unknown) and values[key] not in allowed:
-                got = schema.described(values[key])
-                self.errors.append(f"trainer.{key}: this version trains in one process, expected 1, got {got}")
-        left = {key: value for key, value in values.items() if key not in (*TRAINER_REMEDIES, *ONE_PROCESS)}
+        for key in ("devices", "num_nodes"):
+            if isinstance(values.get(key), int) and values[key] < 1 and (key, values[key]) != ("devices", -1):
+                self.errors.append(f"trainer.{key}: got {values[key]}, expected at least 1")
+        strategy = values.get("strategy")
+        if isinstance(strategy, str) and strategy not in STRATEGIES:
+            expected = f"{', '.join(STRATEGIES)}, or a _target_ such as align.strategy.DDP"
+            self.errors.append(f"trainer.strategy: got {strategy!r}, expected {expected}")
+        left = {key: value for key, value in values.items() if key not in TRAINER_REMEDIES}
         known = {key: value for key, value in parameters.items() if key not in TRAINER_REMEDIES}
         precision = values.get("precision")
         if precision == AUTO:

@@ -19,14 +19,15 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from align import cli, interrupt, loggers, precision, resume
+from align import cli, distributed, interrupt, launch, loggers, precision, resume
 from align.atomic import folder_written_whole
 from align.build import build
 from align.callbacks.checkpoint import Checkpoints
 from align.checkpoints import VerifiedCheckpointIO
-from align.config import AUTO, FIT_KEYS, ConfigError, check, plain, read
+from align.config import AUTO, FIT_KEYS, STRATEGIES, ConfigError, check, plain, read
 from align.data.base import AlignData
 from align.interrupt import Interrupted
+from align.strategy import DDP
 
 PROG = "python -m align.fit"
 
@@ -65,7 +66,6 @@ again, 1 anything else"""
 ANEW = "overwrite=true trains it anew, run_dir=... another one"
 
 TRAINER_DEFAULTS: Mapping[str, Any] = {
-    "devices": 1,
     "num_sanity_val_steps": 0,  # data and model have been checked; a sanity pass only delays the first step
     "log_every_n_steps": 1,  # runs of a few hundred steps are common, and a step takes far longer than a row
     "enable_model_summary": False,
@@ -79,6 +79,7 @@ UNHELPFUL_WARNINGS = (
     ".*module.*in eval mode at the start of training.*",  # frozen copies are meant to be
     ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # between Lightning and PyTorch
     ".*smaller than the logging interval.*",
+    ".*recommended to use .self.log.*sync_dist=True.*",  # what is logged is the same on every rank already
     ".*Total length of `list` across ranks is zero.*",  # no validation data, as configured
     ".*You passed in a `val_dataloader` but have no `validation_step`.*",  # PPO: the data family always offers one
 )
@@ -106,28 +107,44 @@ def fit(path: str, overrides: Sequence[str]) -> int | None:
     began = time.monotonic()
     config = read(path, overrides)
     check(config)
-    with resume.locked(Path(config.run_dir)):
-        start = resume.decide(config)
-        run_dir = Path(config.run_dir)
+    processes = launch.processes(config.trainer.get("devices", 1), config.trainer.get("num_nodes", 1))
+    if processes > 1:
+        return launch.run(launch.again(path, overrides), processes)
+    launch.die_with_parent()
+    run_dir = Path(config.run_dir)
+    with distributed.group(config.trainer.get("accelerator", "auto")), contextlib.ExitStack() as lock:
+
+        def begin() -> resume.Start:
+            lock.enter_context(resume.locked(run_dir))
+            return resume.decide(config)
+
+        start = distributed.from_first(begin)
         if start.finished:
-            print(f"{run_dir}: finished, at step {start.step}; model in {run_dir / 'hf'}. {ANEW}")
+            _say(f"{run_dir}: finished, at step {start.step}; model in {run_dir / 'hf'}. {ANEW}")
             return None
         try:
             with interrupt.listening(), _quiet_lightning():
                 step = _train(config, start)
         except Interrupted as signal:
-            print(f"{run_dir}: ended by {signal}; the same command continues it", flush=True)
+            _say(f"{run_dir}: ended by {signal}; the same command continues it")
             return interrupt.AGAIN
-        resume.finish(run_dir, step)
-    took = _duration(time.monotonic() - began)
-    print(f"{run_dir}: trained in {took}; model in {run_dir / 'hf'}{_log(run_dir)}")
+        if distributed.is_first():
+            resume.finish(run_dir, step)
+        took = _duration(time.monotonic() - began)
+        _say(f"{run_dir}: trained in {took}; model in {run_dir / 'hf'}{_log(run_dir)}")
     return None
+
+
+def _say(text: str) -> None:
+    """Prints a line, once for all ranks."""
+    if distributed.is_first():
+        print(text, flush=True)
 
 
 def _train(config: DictConfig, start: resume.Start) -> int:
     """Builds, trains from the given start, and exports; returns the number of optimizer steps done in all."""
-    with cli.RunFolder(config, continues=start.continues) as folder:
-        run_dir = folder.path
+    run_dir = Path(config.run_dir)
+    with _folder(config, start) as begins:
         seed_everything(config.seed, workers=True, verbose=False)
         data, module = build_parts(config)
         if config.get("resume") == "force" and isinstance(data, AlignData):
@@ -135,14 +152,26 @@ def _train(config: DictConfig, start: resume.Start) -> int:
         with loggers.opened(
             build(config.get("loggers") or {}, "loggers", FIT_KEYS["loggers"]), run_dir, plain(config)
         ) as opened:
-            trainer = build_trainer(config, folder, opened)
-            print(f"{run_dir}: {_size(module)} on {trainer.strategy.root_device}, {trainer.precision}", flush=True)
+            trainer = build_trainer(config, [begins], opened)
+            several = f"{trainer.world_size} processes, " if trainer.world_size > 1 else ""
+            _say(f"{run_dir}: {_size(module)} on {trainer.strategy.root_device}, {several}{trainer.precision}")
             for note in start.notes:
-                print(f"{run_dir}: {note}", flush=True)
+                _say(f"{run_dir}: {note}")
             with _of_this_model(start.checkpoint):
                 trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
-        export(module, run_dir / "hf")
+        if distributed.is_first():
+            export(module, run_dir / "hf")
     return trainer.global_step
+
+
+@contextlib.contextmanager
+def _folder(config: DictConfig, start: resume.Start) -> Iterator[Callback]:
+    """The run folder, of which the first rank takes care; yields a callback that tells it when training begins."""
+    if not distributed.is_first():
+        yield Callback()
+        return
+    with cli.RunFolder(config, continues=start.continues) as folder:
+        yield _Begins(folder)
 
 
 def build_parts(config: DictConfig) -> tuple[LightningDataModule, LightningModule]:
@@ -153,12 +182,20 @@ def build_parts(config: DictConfig) -> tuple[LightningDataModule, LightningModul
     return data, module
 
 
-def build_trainer(config: DictConfig, folder: cli.RunFolder, opened: list[Logger]) -> Trainer:
-    """Lightning's Trainer with the configuration's arguments and callbacks, writing into the run folder only."""
-    run_dir = folder.path
+def build_trainer(config: DictConfig, further: Sequence[Callback], opened: list[Logger]) -> Trainer:
+    """Lightning's Trainer with the configuration's arguments and callbacks, writing into the run folder only.
+
+    Args:
+        config: Checked.
+        further: Callbacks to be called after all others, which may find mistakes at the start of training.
+        opened: Loggers.
+    """
+    run_dir = Path(config.run_dir)
     arguments = {**TRAINER_DEFAULTS, **build(config.trainer, "trainer")}
-    if arguments["devices"] == "auto":
-        arguments["devices"] = 1
+    if arguments.get("devices", "auto") == "auto":
+        arguments["devices"] = distributed.local_world_size()
+    if distributed.world_size() > 1 and arguments.get("strategy", "auto") in STRATEGIES:
+        arguments["strategy"] = DDP()
     if arguments.get("precision") == AUTO:
         arguments["precision"] = precision.fastest(arguments.get("accelerator", "auto"))
     chosen = build(config.get("callbacks") or {}, "callbacks", FIT_KEYS["callbacks"])
@@ -168,7 +205,7 @@ def build_trainer(config: DictConfig, folder: cli.RunFolder, opened: list[Logger
         callbacks.append(loggers.RunProgressBar())
     if not any(isinstance(item, Checkpoints) for item in callbacks):
         callbacks.append(Checkpoints())
-    callbacks.append(_Begins(folder))  # the last, since the others may find mistakes at the start of training
+    callbacks += further
     try:
         return Trainer(
             **arguments,

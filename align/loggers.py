@@ -21,6 +21,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from lightning.pytorch.loggers import Logger, WandbLogger
 from wandb.errors import UsageError
 
+from align import distributed
 from align.atomic import write_text
 from align.metrics_file import MetricsFile
 
@@ -53,7 +54,7 @@ def opened(choice: Mapping[str, Any], run_dir: Path, config: dict[str, Any]) -> 
     settings, csv = choice.pop("wandb"), choice.pop("csv")
     loggers: list[Logger] = [MetricsFile(run_dir)] if csv else []
     loggers += [logger for logger in choice.values() if logger is not None]
-    if not settings:
+    if not settings or not distributed.is_first():
         yield loggers
         return
     run = _start_wandb({} if settings is True else settings, run_dir, config)

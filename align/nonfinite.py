@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from align import atomic
+from align import atomic, distributed
 from align.types import named_tensors
 
 FOLDER = "nonfinite"
@@ -28,8 +28,12 @@ def first_bad(batch: Any, networks: Mapping[str, nn.Module]) -> str:
 
 
 def save_batch(run_dir: Path, step: int, batch: Any, bad: str) -> Path:
-    """Writes the tensors of a batch to `nonfinite/step-NNNNNNNNN/batch.pt`, with the name of the bad one."""
-    folder = run_dir / FOLDER / f"step-{step:09d}"
+    """Writes the tensors of a batch to `nonfinite/step-NNNNNNNNN/batch.pt`, with the name of the bad one.
+
+    Of several ranks each writes its part of the batch, all but the first into `step-NNNNNNNNN-rank-R`.
+    """
+    number = distributed.rank()
+    folder = run_dir / FOLDER / (f"step-{step:09d}" + f"-rank-{number}" * (number > 0))
     tensors = {name: tensor.detach().cpu() for name, tensor in named_tensors(batch)}
     with atomic.folder_written_whole(folder) as fresh:
         torch.save({"step": step, "bad": bad, "tensors": tensors}, fresh / "batch.pt")

@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from align.data.sources import Source
 from align.data.sources import read as read_source
 from align.loggers import SECONDS_BETWEEN_LINES
 from align.models.load import frozen
-from align.rollout.sampler import Sampler, joined
-from align.types import Completions, Prompts
+from align.rollout.sampler import Sampler
+from align.types import Completions, Prompts, joined
 
 PROG = "python -m align.sample"
 
@@ -200,13 +200,15 @@ def answers(
         model: On the device to use.
         sampler: How to answer.
         prompts: On the CPU.
-        batch: Prompts a call of the sampler; each call is seeded by its number.
+        batch: Prompts a call of the sampler.
         seed: Of the draws.
         purpose: What the draws are for (see `align.seeds`).
         advance: Called with the number of prompts answered.
     """
+    count = len(prompts.rows)
+    prompts = replace(prompts, seeds=seeds.derive_all(seed, purpose, range(count)))
     parts = []
-    for number, index in enumerate(torch.arange(len(prompts.rows)).split(batch)):
+    for number, index in enumerate(torch.arange(count).split(batch)):
         with torch.no_grad(), seeds.forked(seed, purpose, number):
             parts.append(sampler(model, prompts.rows_at(index).to(model.device)).to("cpu"))
         advance(len(index))

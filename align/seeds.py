@@ -6,9 +6,11 @@ the step it belongs to, so a run that was stopped and started again draws what i
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 
 def derive(seed: int, purpose: str, step: int = 0, rank: int = 0) -> int:
@@ -20,6 +22,11 @@ def derive(seed: int, purpose: str, step: int = 0, rank: int = 0) -> int:
 def generator(seed: int, purpose: str, step: int = 0, rank: int = 0) -> torch.Generator:
     """A CPU generator for draws that take one, such as permutations."""
     return torch.Generator().manual_seed(derive(seed, purpose, step, rank))
+
+
+def derive_all(seed: int, purpose: str, steps: Iterable[int]) -> Int[Tensor, " steps"]:
+    """`derive` for many steps."""
+    return torch.tensor([derive(seed, purpose, step) for step in steps])
 
 
 @contextlib.contextmanager

@@ -9,13 +9,14 @@ a token cannot change it, and lengths say where a sequence ends. No record needs
 Masks have one polarity: True = counts.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.functional import pad
 
 Same = TypeVar("Same", bound="Record")
 
@@ -25,7 +26,9 @@ class Record:
 
     def to(self: Same, device: torch.device | str) -> Same:
         """The same record with every tensor on `device`."""
-        return replace(self, **{name: value.to(device) for name, value in self._tensors().items()})  # type: ignore
+        own = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore
+        moved = {name: value.to(device) for name, value in own.items() if isinstance(value, Tensor | Record)}
+        return replace(self, **moved)  # type: ignore
 
     def rows_at(self: Same, index: Int[Tensor, " picked"]) -> Same:
         """The record of the picked rows; tensors, and `rows` where there are any, are indexed alike."""
@@ -38,9 +41,22 @@ class Record:
                 picked[item.name] = value.rows_at(index)
         return replace(self, **picked)  # type: ignore
 
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are."""
+        return next(named_tensors(self))[1].device
+
+    @property
+    def size(self) -> int:
+        """The number of rows."""
+        return len(next(named_tensors(self))[1])
+
     def _tensors(self) -> dict[str, Any]:
         own = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore
         return {name: value for name, value in own.items() if isinstance(value, Tensor)}
+
+
+AnyRecord = TypeVar("AnyRecord", bound=Record)
 
 
 @dataclass(frozen=True)
@@ -51,6 +67,10 @@ class Sequences(Record):
     lengths: Int[Tensor, " batch"]
     mask: Bool[Tensor, "batch time"]
     """True: the model is trained to predict this token. Never True at position 0, which nothing predicts."""
+
+    def uncounted(self) -> "Sequences":
+        """The same text with nothing to learn: what a rank computes when a batch has nothing for it."""
+        return replace(self, mask=torch.zeros_like(self.mask))
 
 
 @dataclass(frozen=True)
@@ -67,6 +87,10 @@ class Comparisons(Record):
     labelers: tuple[str, ...]
     """Who ranked, one name a completion; '' where unknown."""
 
+    def uncounted(self) -> "Comparisons":
+        """The same completions, none of which is compared: what a rank computes when a batch has nothing for it."""
+        return replace(self, prompt_index=torch.arange(len(self.scores)))
+
 
 @dataclass(frozen=True)
 class Prompts(Record):
@@ -76,6 +100,8 @@ class Prompts(Record):
     lengths: Int[Tensor, " batch"]
     rows: tuple[dict[str, Any], ...]
     """The examples the prompts were made from, for reward hooks and tables."""
+    seeds: Int[Tensor, " batch"] | None = None
+    """What decides each response's random draws; None: torch's default generator does."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +153,6 @@ class Rollout(Record):
     advantages: Float[Tensor, "batch response"]
     returns: Float[Tensor, "batch response"]
 
-    def to(self, device: torch.device | str) -> "Rollout":
-        """The same rollout with every tensor on `device`."""
-        return replace(super().to(device), completions=self.completions.to(device))
-
 
 @dataclass(frozen=True)
 class Minibatch(Record):
@@ -145,9 +167,8 @@ class Minibatch(Record):
     """How many rollouts were collected before this one."""
 
     def to(self, device: torch.device | str) -> "Minibatch":
-        """The same minibatch with every tensor on `device`."""
-        text = self.pretraining.to(device) if self.pretraining is not None else None
-        return replace(self, episodes=self.episodes.to(device), pretraining=text)
+        """What is learned from on `device`; the whole rollout stays where it is."""
+        return replace(super().to(device), fresh=self.fresh)
 
 
 def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
@@ -157,3 +178,19 @@ def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
     elif isinstance(value, Record):
         for item in fields(value):  # type: ignore[arg-type]
             yield from named_tensors(getattr(value, item.name), f"{prefix}.{item.name}" if prefix else item.name)
+
+
+def joined(parts: Sequence[AnyRecord]) -> AnyRecord:
+    """The rows of all parts, one part after another; narrower parts are filled up on the right with 0 or False."""
+    values: dict[str, Any] = {}
+    for item in fields(parts[0]):  # type: ignore[arg-type]
+        own = [getattr(part, item.name) for part in parts]
+        if isinstance(own[0], Tensor):
+            width = max(value.shape[-1] for value in own)
+            wide = [pad(value, (0, width - value.shape[-1])) if value.ndim > 1 else value for value in own]
+            values[item.name] = torch.cat(wide)
+        elif isinstance(own[0], Record):
+            values[item.name] = joined(own)
+        else:
+            values[item.name] = sum(own, ()) if isinstance(own[0], tuple) else own[0]
+    return type(parts[0])(**values)

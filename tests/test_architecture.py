@@ -22,12 +22,13 @@ from align.modules.base import AlignModule
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
     ("types", "seeds", "paths", "bootstrap", "errors", "atomic", "formulas"),
+    ("distributed",),
     ("interrupt", "checkpoints", "metrics_file", "nonfinite"),
     ("models", "data", "optim"),
     ("rollout",),
     ("modules",),
-    ("callbacks",),
-    ("schema", "inputs", "overrides", "loggers", "config", "build", "cli", "precision"),
+    ("callbacks", "strategy"),
+    ("schema", "inputs", "overrides", "loggers", "config", "build", "cli", "precision", "launch"),
     ("measure", "tables", "resume", "fit", "sample", "evaluate"),
 )
 """Files and packages of align, the lowest first. Each may import what stands in its own layer and below."""
@@ -311,7 +312,7 @@ def test_lightnings_own_clipping_and_accumulation_are_no_use_here(flag: dict[str
 
 def test_the_trainer_knows_every_argument_that_has_a_remedy() -> None:
     known = schema.parameters(Trainer)[0].keys()
-    assert {*config.TRAINER_REMEDIES, *config.ONE_PROCESS} <= known
+    assert config.TRAINER_REMEDIES.keys() <= known
 
 
 def test_modules_own_no_attribute_that_lightning_uses_otherwise() -> None:

@@ -5,6 +5,7 @@ Both append JSON lines to a file in the run's folder and log a table to W&B.
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ class SampleTable(L.Callback):
     def _write(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         assert isinstance(module, AlignModule)
         prompts = encode_prompts(module.tokenizer, self.rows, self.max_prompt_tokens).to(module.device)
+        prompts = replace(prompts, seeds=seeds.derive_all(module.seed, "samples", range(len(prompts.rows))))
         with module.precision(), seeds.forked(module.seed, "samples"):
             completions = self.sampler(module.exported(), prompts)  # type: ignore[arg-type]
         texts = response_texts(module.tokenizer, completions)

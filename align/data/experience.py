@@ -5,14 +5,12 @@ Knows prompts, order and position. What a rollout is made of is the module's bus
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import torch
 from jaxtyping import Int
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from torch import distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from align import seeds
@@ -24,7 +22,10 @@ from align.data.text import encode_texts, too_short
 from align.types import Minibatch, Prompts, Rollout, Sequences, named_tensors
 
 Collect = Callable[[Prompts, int, int], Rollout]
-"""(prompts, iteration, episodes in a minibatch) -> the rollout, in the order of the prompts."""
+"""(this rank's prompts, iteration, this rank's episodes in a minibatch) -> the whole rollout, of all ranks.
+
+Rank r of n has the episodes r, r + n, r + 2n, ...
+"""
 
 
 class ExperienceData(PromptData):
@@ -142,7 +143,8 @@ class ExperienceLoader:
 
     It must have a length: without one Lightning fetches a batch ahead, and each rollout would come from a policy that
     lacks the last update of the previous one. Everything it yields is a function of the step, the seed and the
-    collected rollouts, so its checkpoint holds the step and, in the middle of a rollout, that rollout.
+    collected rollouts, so its checkpoint holds the step and, in the middle of a rollout, that rollout. Each rank keeps
+    all of it and yields its part of every minibatch, so another number of ranks learns from the same episodes.
 
     Args:
         collect: Makes a rollout of prompts.
@@ -183,7 +185,7 @@ class ExperienceLoader:
         self.collect, self.prompts, self.texts = collect, prompts, texts
         self.prompt_count, self.text_count = prompt_count, text_count
         self.iterations, self.rollout_batch, self.epochs = iterations, rollout_batch, epochs
-        self.own_episodes, self.own_minibatch = rollout_batch // world_size, minibatch // world_size
+        self.minibatch = minibatch
         self.pretraining_batch = pretraining_batch
         self.seed, self.rank, self.world_size = seed, rank, world_size
         self.steps_per_rollout = epochs * (rollout_batch // minibatch)
@@ -210,7 +212,8 @@ class ExperienceLoader:
         fresh = cursor == 0
         if fresh or self._rollout is None:
             self._rollout, self._saved = None, {}  # free the old one before the new one is made
-            self._rollout = self.collect(self._prompts_of(iteration), iteration, self.own_minibatch)
+            own, share = self._prompts_of(iteration, self.rank, self.world_size), self.minibatch // self.world_size
+            self._rollout = self.collect(own, iteration, share)
         rollout = self._rollout
         batch = Minibatch(
             episodes=rollout.rows_at(self._episodes(iteration, cursor)),
@@ -221,23 +224,25 @@ class ExperienceLoader:
         self.step += 1
         return batch
 
-    def _prompts_of(self, iteration: int) -> Prompts:
+    def _prompts_of(self, iteration: int, rank: int = 0, world_size: int = 1) -> Prompts:
         start = iteration * self.rollout_batch
         index = stream(self.prompt_count, start, self.rollout_batch, self.seed, "prompts")
-        return self.prompts(index[self.rank :: self.world_size])
+        places = range(start, start + self.rollout_batch)[rank::world_size]
+        draws = seeds.derive_all(self.seed, "sample", places)
+        return replace(self.prompts(index[rank::world_size]), seeds=draws)
 
     def _episodes(self, iteration: int, cursor: int) -> Int[Tensor, " picked"]:
-        """The episodes of a minibatch. The first epoch takes them as they were collected.
+        """This rank's episodes of a minibatch. The first epoch takes them as they were collected.
 
         Prompts come shuffled already, so that is a random split; and the first minibatch is computed in exactly the
         shapes its log-probs were, which makes the first ratio exactly 1.
         """
         epoch, place = divmod(cursor, self.steps_per_rollout // self.epochs)
-        order = torch.arange(self.own_episodes)
+        order = torch.arange(self.rollout_batch)
         if epoch > 0:
             step = iteration * self.epochs + epoch
-            order = torch.randperm(self.own_episodes, generator=seeds.generator(self.seed, "minibatches", step))
-        return order[place * self.own_minibatch :][: self.own_minibatch]
+            order = torch.randperm(self.rollout_batch, generator=seeds.generator(self.seed, "minibatches", step))
+        return order[place * self.minibatch :][: self.minibatch][self.rank :: self.world_size]
 
     def _pretraining(self, step: int) -> Sequences | None:
         if self.texts is None:
@@ -247,10 +252,9 @@ class ExperienceLoader:
         return self.texts(index[self.rank :: self.world_size])
 
     def state_dict(self, back: int = 0) -> dict[str, Any]:
-        """Optimizer steps begun, and each rank's rollout where it is needed again; tensors and numbers only.
+        """Optimizer steps begun, and the rollout where it is needed again; tensors and numbers only.
 
-        All ranks must call it, as Lightning does when it saves: Lightning keeps the first rank's answer. Asked twice at
-        the same step it gives the same tensors, which `torch.save` writes once.
+        Asked twice at the same step it gives the same tensors, which `torch.save` writes once.
 
         Args:
             back: How many of the last steps begun do not count, 0 or 1.
@@ -259,28 +263,17 @@ class ExperienceLoader:
         if self._saved.get("step") == step:
             return self._saved
         needed = self._rollout is not None and step % self.steps_per_rollout != 0
-        own = {name: tensor.cpu() for name, tensor in named_tensors(self._rollout)} if needed else {}
-        everyone: list[dict[str, Tensor]] = [own]
-        if self.world_size > 1:
-            everyone = [{} for _ in range(self.world_size)]
-            dist.all_gather_object(everyone, own)
-        self._saved = {"step": step, "rollouts": everyone}
+        kept = {name: tensor.cpu() for name, tensor in named_tensors(self._rollout)} if needed else {}
+        self._saved = {"step": step, "rollout": kept}
         return self._saved
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues behind the last step begun. With another number of ranks, the present rollout is made anew."""
+        """Continues behind the last step begun."""
         self.step = state["step"]
         self._rollout = None
-        if self.step % self.steps_per_rollout == 0:
-            return
-        if len(state["rollouts"]) != self.world_size:
-            rank_zero_warn(
-                f"the checkpoint was saved by {len(state['rollouts'])} ranks and is resumed by {self.world_size}: the "
-                "rollout it was learning from is collected again, so the run will differ a little from an unbroken one"
-            )
-            return
-        rows = self._prompts_of(self.step // self.steps_per_rollout).rows
-        self._rollout = _record(Rollout, state["rollouts"][self.rank], rows)
+        if state["rollout"]:
+            rows = self._prompts_of(self.step // self.steps_per_rollout).rows
+            self._rollout = _record(Rollout, state["rollout"], rows)
 
 
 def _not_dividing(arguments: dict[str, Any], whole: str, part: str) -> list[str]:

@@ -37,8 +37,7 @@ class ShuffledBatches:
     """The batches of each epoch, as lists of indices; the same for the same epoch, whatever came before it.
 
     The last batch may be smaller than the others: losses are weighted by counts, so nothing needs to be left out.
-    With several ranks each takes its part of every batch; only a last batch with fewer examples than ranks is left out,
-    since every rank must have work in every step.
+    With several ranks each takes its part of every batch, which may be nothing of the last one.
 
     Args:
         order: Epoch -> the indices of its examples in order.
@@ -64,13 +63,11 @@ class ShuffledBatches:
         self.rank, self.world_size = rank, world_size
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.size, self.batch_size)
-        return whole + (rest >= self.world_size)
+        return -(-self.size // self.batch_size)
 
     def epoch(self, epoch: int) -> list[list[int]]:
         """This rank's part of every batch of the epoch."""
-        chunks = self.order(epoch).split(self.batch_size)[: len(self)]
-        return [chunk[self.rank :: self.world_size].tolist() for chunk in chunks]
+        return [chunk[self.rank :: self.world_size].tolist() for chunk in self.order(epoch).split(self.batch_size)]
 
 
 class Loader:
@@ -79,6 +76,7 @@ class Loader:
     It has a length, therefore Lightning does not fetch batches ahead and `position` counts the batches that training
     took. Lightning saves `state_dict()` with a checkpoint and announces each epoch to `loader.sampler.set_epoch`.
     An epoch that is iterated again starts at its beginning; only a loaded state starts elsewhere, once.
+    Where a batch has nothing for this rank, it gets one example of which nothing counts, since ranks step together.
     """
 
     batch_sampler = None
@@ -118,14 +116,14 @@ class Loader:
         unused = seeds.generator(0, "workers")
         loader = DataLoader(
             self.examples,  # type: ignore[arg-type]  # a sequence is all that torch needs
-            batch_sampler=rest,
+            batch_sampler=[own or [0] for own in rest],
             collate_fn=self.collate,
             num_workers=self.num_workers,
             generator=unused,
         )
-        for position, batch in enumerate(loader, start=start + 1):
+        for position, (own, batch) in enumerate(zip(rest, loader, strict=True), start=start + 1):
             self.position = position
-            yield batch
+            yield batch if own else batch.uncounted()
 
     def state_dict(self, back: int = 0) -> dict[str, int]:
         """Epoch and number of batches taken in it, less the last `back` of them."""

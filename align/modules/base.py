@@ -3,6 +3,9 @@
 Each `training_step` turns its batch into pieces (micro-batches) of loss, whose gradients add up before one clipped
 optimizer step. Every piece is divided by counts of the whole batch, so the gradient does not depend on how the batch
 was cut. Lightning's own accumulation cannot do this, as the number of pieces varies; hence manual optimisation.
+
+With several ranks each has a part of the batch: counts are those of all parts (`distributed.total`), and gradients are
+added up once a step, so the number of ranks changes nothing either.
 """
 
 import contextlib
@@ -18,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from align import interrupt, nonfinite, seeds
+from align import distributed, interrupt, nonfinite, seeds
 from align.errors import RunError
 from align.models.load import save_model
 from align.optim import Optim
@@ -85,13 +88,13 @@ class AlignModule(L.LightningModule):
         """Adds the gradient of every piece to what is there.
 
         Args:
-            pieces: Loss and statistics of each micro-batch, already divided by the whole batch's counts. A generator
-                keeps one graph in memory at a time.
+            pieces: Loss and statistics of each micro-batch of this rank's part, already divided by the whole batch's
+                counts. A generator keeps one graph in memory at a time.
 
         Returns:
-            The batch's statistics: sums over pieces, or maxima where a name ends in "max".
+            The batch's statistics: sums over pieces and ranks, or maxima where a name ends in "max".
         """
-        totals: Stats = {}
+        found: Stats = {}
         with (
             interrupt.interruptible(self.may_be_dropped()),
             seeds.forked(self.seed, "dropout", self.global_step, self.global_rank),
@@ -99,10 +102,9 @@ class AlignModule(L.LightningModule):
             for loss, stats in pieces:
                 self.manual_backward(loss)
                 for name, value in stats.items():
-                    so_far = totals.get(name)
-                    joined = value if so_far is None else _join(name, so_far, value)
-                    totals[name] = joined.detach()
-        return totals
+                    so_far = found.get(name)
+                    found[name] = (value if so_far is None else _join(name, so_far, value)).detach()
+        return distributed.totals(found)
 
     def may_be_dropped(self) -> bool:
         """Whether a signal may end the run within this step, which is then done again.
@@ -114,7 +116,7 @@ class AlignModule(L.LightningModule):
         return self.trainer.world_size == 1 and (done > 0 or self.global_step == 0)
 
     def step(self) -> Stats:
-        """Clips each network's gradient on its own, steps optimizer and schedule, and empties the gradients.
+        """Adds up the ranks' gradients, clips each network's on its own, steps optimizer and schedule.
 
         A gradient that is not finite changes no weight: the step is counted and leaves everything as it was.
 
@@ -130,6 +132,7 @@ class AlignModule(L.LightningModule):
         for group in optimizer.param_groups:  # type: ignore[union-attr]
             parameters.setdefault(group["name"], []).extend(group["params"])
             stats[f"lr/{group['name']}"] = torch.tensor(group["lr"])
+        distributed.sum_gradients(p for own in parameters.values() for p in own)
         norms = {name: gradient_norm(own) for name, own in parameters.items()}
         if all(bool(norm.isfinite()) for norm in norms.values()):
             self.nonfinite_steps = 0
@@ -162,17 +165,19 @@ class AlignModule(L.LightningModule):
 
         Args:
             stats: By name, under which docs/metrics.md explains them.
-            tokens: That the step learned from.
+            tokens: That this rank learned from in this step.
             bar: The names to show beside the progress bar.
             always: Logs this step whatever its number.
         """
-        now = time.perf_counter()
-        stats = {**stats, "speed/tokens_per_second": torch.tensor(tokens / (now - self._clock))}
+        now, before = time.perf_counter(), self._clock
         self._clock = now
-        # Straight to the loggers: `self.log` would repeat a rollout's numbers at every step until the next rollout.
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-        for logger in self.loggers if always or self.global_step % every == 0 else ():
-            logger.log_metrics({name: float(value) for name, value in stats.items()}, step=self.global_step)
+        if always or self.global_step % every == 0:
+            speed = distributed.total(torch.tensor(tokens, device=self.device)) / (now - before)
+            numbers = {name: float(value) for name, value in {**stats, "speed/tokens_per_second": speed}.items()}
+            # Straight to them: `self.log` would repeat a rollout's numbers at every step until the next rollout.
+            for logger in self.loggers:
+                logger.log_metrics(numbers, step=self.global_step)
         self.log_dict(
             {name: value.float() for name, value in stats.items() if name in bar}, prog_bar=True, logger=False
         )
@@ -206,6 +211,14 @@ def _join(name: str, so_far: Tensor, value: Tensor) -> Tensor:
     return torch.maximum(so_far, value) if name.endswith("max") else so_far + value
 
 
-def gradient_norm(parameters: Iterable[nn.Parameter]) -> Float[Tensor, ""]:
-    """The norm of all gradients together."""
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+def gradient_norm(parameters: Iterable[nn.Parameter], *, summed: bool = True) -> Float[Tensor, ""]:
+    """The norm of all gradients together.
+
+    Args:
+        parameters: With gradients.
+        summed: The ranks' gradients have been added up; otherwise their sum is made for this, and forgotten.
+    """
+    grads = [p.grad for p in parameters if p.grad is not None]
+    if not summed and distributed.world_size() > 1:
+        grads = [distributed.total(grad) for grad in grads]
+    return nn.utils.get_total_norm(grads)

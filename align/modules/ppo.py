@@ -16,14 +16,14 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align import interrupt, seeds
+from align import distributed, interrupt, seeds
 from align.formulas import losses, masked, returns
 from align.models import forward
 from align.models.heads import ScalarModel
 from align.models.load import fingerprint, frozen
 from align.modules.base import AlignModule, Stats, gradient_norm
 from align.optim import Optim
-from align.rollout.collect import response_tokens, reward_scores, token_passes
+from align.rollout.collect import Scored, response_tokens, reward_scores, token_passes
 from align.rollout.sampler import Sampler
 from align.types import Completions, Minibatch, Prompts, Rollout, Sequences
 
@@ -186,9 +186,12 @@ class PPOModule(AlignModule):
         """Answers the prompts with the present policy, and computes all that the update needs.
 
         Args:
-            prompts: One episode each.
+            prompts: One episode each; this rank's part of the rollout.
             iteration: Number of the rollout, from 0; its random draws depend on it and the seed alone.
-            minibatch: Episodes in a minibatch.
+            minibatch: Episodes in this rank's part of a minibatch.
+
+        Returns:
+            The rollout of all ranks together.
         """
         start = time.perf_counter()
         with interrupt.interruptible(self.may_be_dropped()), self.precision(), forward.evaluating(self):
@@ -205,16 +208,35 @@ class PPOModule(AlignModule):
                 micro_batch_tokens=self.micro_batch_tokens,
             )
             scores = self._with_eos_rule(self.score(completions), completions.finished)
-        mask = completions.mask
-        rewards = returns.token_rewards(passes.logprobs, passes.ref_logprobs, scores, mask, self.kl_coef)
+        everyone = distributed.whole(Scored(completions=completions, passes=passes, scores=scores))
+        self._clock_rollout(everyone.completions, start, sampled)
+        return self._rollout_of(everyone)
+
+    def _rollout_of(self, scored: Scored) -> Rollout:
+        """Token rewards, advantages and returns of the whole rollout, the same on every rank."""
+        passes, mask = scored.passes, scored.completions.mask
+        rewards = returns.token_rewards(passes.logprobs, passes.ref_logprobs, scored.scores, mask, self.kl_coef)
         if self.ppo.whiten_rewards:
             rewards = masked.whiten_keep_mean(rewards, mask)
         advantages, targets = self.estimate_advantages(rewards, passes.values, mask)
+        return Rollout(
+            completions=scored.completions,
+            mask=mask,
+            logprobs=passes.logprobs,
+            ref_logprobs=passes.ref_logprobs,
+            values=passes.values,
+            entropies=passes.entropies,
+            scores=scored.scores,
+            rewards=rewards,
+            advantages=advantages,
+            returns=targets,
+        )
+
+    def _clock_rollout(self, completions: Completions, start: float, sampled: float) -> None:
         written = float(completions.response_lengths.sum())
+        count = len(completions.ids)
         since = (
-            {}
-            if self._begun is None
-            else {"speed/episodes_per_second": torch.tensor(len(mask) / (start - self._begun))}
+            {} if self._begun is None else {"speed/episodes_per_second": torch.tensor(count / (start - self._begun))}
         )
         self._begun = start
         self._collecting = since | {
@@ -222,18 +244,6 @@ class PPOModule(AlignModule):
             "speed/scoring_seconds": torch.tensor(time.perf_counter() - sampled),
             "speed/rollout_tokens_per_second": torch.tensor(written / (sampled - start)),
         }
-        return Rollout(
-            completions=completions,
-            mask=mask,
-            logprobs=passes.logprobs,
-            ref_logprobs=passes.ref_logprobs,
-            values=passes.values,
-            entropies=passes.entropies,
-            scores=scores,
-            rewards=rewards,
-            advantages=advantages,
-            returns=targets,
-        )
 
     def _with_eos_rule(
         self, scores: Float[Tensor, " batch"], finished: Bool[Tensor, " batch"]
@@ -252,7 +262,7 @@ class PPOModule(AlignModule):
         tokens = int(batch.episodes.completions.lengths.sum())
         if batch.pretraining is not None:
             stats |= self.accumulate(self.pretraining_losses(batch.pretraining))
-            stats["grad_norm/ptx"] = gradient_norm(self.policy.parameters())
+            stats["grad_norm/ptx"] = gradient_norm(self.policy.parameters(), summed=False)
             tokens += int(batch.pretraining.lengths.sum())
         stats |= self.accumulate(self.ppo_losses(batch.episodes))
         stats |= self.step()
@@ -262,10 +272,8 @@ class PPOModule(AlignModule):
 
     def ppo_losses(self, episodes: Rollout) -> Iterator[tuple[Tensor, Stats]]:
         """Clipped policy and value losses of a minibatch in micro-batches, divided by the whole minibatch's tokens."""
-        count = episodes.mask.sum()
-        advantages = episodes.advantages
-        if self.ppo.whiten_advantages:
-            advantages = masked.whiten(advantages, episodes.mask)
+        count = distributed.total(episodes.mask.sum())
+        advantages = self._whitened(episodes, count) if self.ppo.whiten_advantages else episodes.advantages
         for group in forward.micro_batches(episodes.completions.lengths, self.micro_batch_tokens):
             part, mask = episodes.rows_at(group), episodes.mask[group]
             ids, scored = response_tokens(part.completions)
@@ -283,6 +291,13 @@ class PPOModule(AlignModule):
             stats |= {"policy/loss": policy_loss.detach(), "value/loss": value_loss.detach()}
             yield policy_loss + value_loss, stats
 
+    def _whitened(self, episodes: Rollout, count: Tensor) -> Float[Tensor, "batch response"]:
+        """Advantages with mean 0 and variance 1 over the minibatch, of which this rank has a part."""
+        values, mask = episodes.advantages, episodes.mask
+        mean = distributed.total(masked.masked_sum(values, mask)) / count
+        variance = distributed.total(masked.masked_sum((values - mean).square(), mask)) / count
+        return masked.standardise(values, mask, mean=mean, variance=variance)
+
     def value_loss(self, values: Float[Tensor, "batch response"], part: Rollout, count: Tensor) -> tuple[Tensor, Stats]:
         """Half the squared error to the returns, clipped around the rollout's values if `value_clip` is set."""
         if self.ppo.value_clip is None:
@@ -293,7 +308,7 @@ class PPOModule(AlignModule):
 
     def pretraining_losses(self, text: Sequences) -> Iterator[tuple[Tensor, Stats]]:
         """γ times the mean cross-entropy of pretraining text, in micro-batches: the second line of Eq. 2."""
-        count = text.mask.sum()
+        count = distributed.total(text.mask.sum())
         for part in (text.rows_at(index) for index in forward.micro_batches(text.lengths, self.micro_batch_tokens)):
             ids, mask = forward.fitted(part.ids, part.lengths), forward.fitted(part.mask, part.lengths)
             logprobs = forward.token_logprobs(self.policy, ids, mask)

@@ -25,8 +25,9 @@ class RankingMetrics(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         names = ("accuracy", "accuracy_with_ties", "margin", "accuracy_longer", "loss")
-        self.means = nn.ModuleDict({name: MeanMetric() for name in names})
-        self.calibration = BinaryCalibrationError(n_bins=CALIBRATION_BINS)
+        # Every rank counts the pairs of all ranks, so there is nothing to add up.
+        self.means = nn.ModuleDict({name: MeanMetric(sync_on_compute=False) for name in names})
+        self.calibration = BinaryCalibrationError(n_bins=CALIBRATION_BINS, sync_on_compute=False)
         self.labelers: dict[str, MeanMetric] = {}
 
     def update(self, rewards: Float[Tensor, " completions"], batch: Comparisons) -> None:
@@ -61,7 +62,7 @@ class RankingMetrics(nn.Module):
         named = [batch.labelers[i] for i in winner.tolist()]
         for name in sorted(set(named) - {""}):
             if name not in self.labelers:
-                self.labelers[name] = MeanMetric().to(rewards.device)
+                self.labelers[name] = MeanMetric(sync_on_compute=False).to(rewards.device)
             own = torch.tensor([labeler == name for labeler in named], device=rewards.device)
             self.labelers[name].update(hits[own])
 

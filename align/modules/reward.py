@@ -1,6 +1,7 @@
 """The reward model: Eq. 1 of InstructGPT on K-wise comparisons, centred on the labelers' demonstrations."""
 
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -8,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
+from align import distributed
 from align.formulas import losses
 from align.models import forward
 from align.models.heads import ScalarModel
@@ -50,6 +52,7 @@ class RewardModule(AlignModule):
         self.model = model
         self.pair_weights = PAIR_WEIGHTS[divisor]
         self.ranking = RankingMetrics()
+        self._validated: list[tuple[Tensor, Comparisons]] = []
 
     def networks(self) -> Mapping[str, nn.Module]:
         """See `AlignModule`."""
@@ -68,7 +71,8 @@ class RewardModule(AlignModule):
     def losses(self, batch: Comparisons) -> Iterator[tuple[Tensor, Stats]]:
         """The batch's loss in micro-batches of whole prompts, each divided by the prompts of the whole batch."""
         pairs = losses.preference_pairs(batch.scores, batch.prompt_index)
-        prompts, count = losses.compared_prompts(pairs), max(1, len(pairs.winner))
+        prompts = distributed.total(losses.compared_prompts(pairs))
+        count = distributed.total(torch.tensor(len(pairs.winner), device=self.device)).clamp_min(1)
         for group in prompt_groups(batch.prompt_index, batch.lengths, self.micro_batch_tokens):
             part = batch.rows_at(group)
             rewards = self.rewards(part.ids, part.lengths)
@@ -83,15 +87,19 @@ class RewardModule(AlignModule):
         return forward.final_scores(self.model, forward.fitted(ids, lengths), lengths)
 
     def validation_step(self, batch: Comparisons, batch_idx: int) -> None:
-        """Scores every completion and counts how the order agrees with the labelers'."""
+        """Scores every completion."""
         rewards = torch.zeros_like(batch.scores)
         for group in forward.micro_batches(batch.lengths, self.micro_batch_tokens):
             part = batch.rows_at(group)
             rewards[group] = self.rewards(part.ids, part.lengths)
-        self.ranking.update(rewards, batch)
+        self._validated.append((rewards, replace(batch, ids=batch.ids[:, :0])))
 
     def on_validation_epoch_end(self) -> None:
-        """Logs what `RankingMetrics` found."""
+        """Logs how the order agrees with the labelers', of all ranks' completions: see `RankingMetrics`."""
+        for own in distributed.from_all(self._validated):
+            for rewards, batch in own:
+                self.ranking.update(rewards.to(self.device), batch.to(self.device))
+        self._validated = []
         for name, value in self.ranking.compute().items():
             self.log(f"valid/{name}", value, prog_bar=name in ("accuracy", "accuracy_longer"))
         self.ranking.reset()

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from align import distributed
 from align.formulas.losses import cross_entropy
 from align.models import forward
 from align.modules.base import AlignModule, Stats
@@ -55,7 +56,7 @@ class SFTModule(AlignModule):
 
     def losses(self, batch: Sequences) -> Iterator[tuple[Tensor, Stats]]:
         """The batch's loss in micro-batches, each divided by the tokens of the whole batch."""
-        count = batch.mask.sum()
+        count = distributed.total(batch.mask.sum())
         for part in (batch.rows_at(index) for index in forward.micro_batches(batch.lengths, self.micro_batch_tokens)):
             ids, mask = forward.fitted(part.ids, part.lengths), forward.fitted(part.mask, part.lengths)
             logprobs = forward.token_logprobs(self.model, ids, mask)

@@ -13,17 +13,27 @@ from transformers import PreTrainedModel
 
 from align.models import forward
 from align.models.heads import ScalarModel
-from align.types import Completions
+from align.types import Completions, Record
 
 
 @dataclass(frozen=True)
-class TokenPasses:
+class TokenPasses(Record):
     """What the models say of every response token; 0 outside the response."""
 
     logprobs: Float[Tensor, "batch response"]
     entropies: Float[Tensor, "batch response"]
     ref_logprobs: Float[Tensor, "batch response"]
     values: Float[Tensor, "batch response"]
+
+
+@dataclass(frozen=True)
+class Scored(Record):
+    """Completions with all that needs a model."""
+
+    completions: Completions
+    passes: TokenPasses
+    scores: Float[Tensor, " batch"]
+    """After the missing-EOS rule."""
 
 
 def token_passes(

@@ -6,7 +6,9 @@ whose cache the loop does not know, and as the reference the loop is tested agai
 
 Both sample from softmax(logits / temperature) and from nothing else: no top-k, top-p, penalties or forced tokens, so
 the log-probabilities of the update's forward pass are those of the distribution that was sampled from (N+
-Implementation Details, point 25). They draw from torch's default generator, which the caller seeds (`align.seeds`).
+Implementation Details, point 25). Where `Prompts.seeds` is given, a response of `DecodeSampler` depends on the model,
+its prompt and its seed alone, whatever else is in the batch; `GenerateSampler` draws from torch's default generator,
+which the caller seeds (`align.seeds`).
 """
 
 import contextlib
@@ -20,7 +22,7 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from align.models.forward import evaluating
-from align.types import Completions, Prompts
+from align.types import Completions, Prompts, joined
 
 LEAVE_AT = 0.8
 """Finished rows are taken out when fewer than this share of the batch is still being written."""
@@ -77,6 +79,7 @@ class DecodeSampler(BatchSampler):
         ids, seen = _left_padded(prompts)
         stops = _stop_ids(policy)
         batch = _Writing.start(len(ids), self.max_new_tokens, ids.device)
+        points = _points(prompts, self.max_new_tokens)
         cache, place = DynamicCache(config=policy.config), (seen.cumsum(1) - 1).clamp_min(0)
         for step in range(self.max_new_tokens):
             out = policy(
@@ -87,7 +90,7 @@ class DecodeSampler(BatchSampler):
                 use_cache=True,
                 logits_to_keep=1,
             )
-            token = draw(out.logits[:, -1].float(), self.temperature)
+            token = draw(out.logits[:, -1].float(), self.temperature, points[batch.row, step])
             running = batch.put(step, token, torch.isin(token, stops))
             if not running.any():
                 break
@@ -126,15 +129,33 @@ class GenerateSampler(BatchSampler):
         return _joined(prompts, tokens, written, finished)
 
 
-def draw(logits: Float[Tensor, "batch vocab"], temperature: float) -> Int[Tensor, " batch"]:
-    """One token a row from softmax(logits / temperature); the likeliest at temperature 0."""
+def draw(
+    logits: Float[Tensor, "batch vocab"], temperature: float, points: Float[Tensor, " batch"]
+) -> Int[Tensor, " batch"]:
+    """One token a row from softmax(logits / temperature); the likeliest at temperature 0.
+
+    Args:
+        logits: Of the next token.
+        temperature: See `Sampler`.
+        points: From [0, 1), uniform, in float64: which part of the distribution is hit.
+    """
     if temperature == 0.0:
         return logits.argmax(-1)
     # One uniform number a row, where torch.multinomial draws one for each token of the vocabulary; in float64, to add
     # up a large vocabulary exactly enough. A token of probability 0 covers no part of the line and is never hit.
     reached = (logits / temperature).softmax(-1).double().cumsum(-1)
-    point = torch.rand(len(logits), 1, dtype=torch.float64, device=logits.device) * reached[:, -1:]
-    return torch.searchsorted(reached, point, right=True)[:, 0].clamp_max(logits.shape[1] - 1)
+    hit = torch.searchsorted(reached, points[:, None] * reached[:, -1:], right=True)[:, 0]
+    return hit.clamp_max(logits.shape[1] - 1)
+
+
+def _points(prompts: Prompts, limit: int) -> Float[Tensor, "batch limit"]:
+    """The random numbers of each response, one a token."""
+    shape = {"dtype": torch.float64, "device": prompts.ids.device}
+    if prompts.seeds is None:
+        return torch.rand(len(prompts.ids), limit, **shape)
+    rows = [torch.rand(limit, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            for seed in prompts.seeds.tolist()]  # fmt: skip
+    return torch.stack(rows).to(**shape)
 
 
 @dataclass
@@ -177,18 +198,6 @@ def _in_batches(
     with torch.no_grad(), evaluating(policy):
         parts = [answer(policy, prompts.rows_at(index)) for index in order.split(size)]
     return joined(parts).rows_at(torch.argsort(order))
-
-
-def joined(parts: list[Completions]) -> Completions:
-    """The rows of all parts, one part after another."""
-    width = max(part.ids.shape[1] for part in parts)
-    return Completions(
-        ids=torch.cat([torch.nn.functional.pad(part.ids, (0, width - part.ids.shape[1])) for part in parts]),
-        prompt_lengths=torch.cat([part.prompt_lengths for part in parts]),
-        response_lengths=torch.cat([part.response_lengths for part in parts]),
-        finished=torch.cat([part.finished for part in parts]),
-        rows=tuple(row for part in parts for row in part.rows),
-    )
 
 
 def _left_padded(prompts: Prompts) -> tuple[Int[Tensor, "batch prompt"], Bool[Tensor, "batch prompt"]]:

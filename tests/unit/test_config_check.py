@@ -21,7 +21,7 @@ def test_a_correct_configuration_passes(folder: Path) -> None:
 
 def test_all_errors_are_reported_at_once(folder: Path) -> None:
     text = YAML.replace("lr: 1e-5", "lrr: 1e-5").replace("seed:", "sed:").replace("every: 2", "every: x")
-    errors = errors_of("trainer.devices=4", text=text)
+    errors = errors_of("trainer.devices=0", text=text)
     places = [error.partition(":")[0] for error in errors]
     assert places == [
         "module.recipe.lrr", "module.recipe.lr", "callbacks.fussy.every", "sed", "seed", "trainer.devices"
@@ -202,8 +202,9 @@ def test_what_exists_or_looks_like_a_hub_name_passes(folder: Path) -> None:
         ("trainer.use_distributed_sampler=true", "trainer.use_distributed_sampler: is set by align.fit"),
         ("trainer.inference_mode=false", "trainer.inference_mode: is set by align.fit"),
         ("trainer.enable_checkpointing=false", "trainer.enable_checkpointing: is set by align.fit"),
-        ("trainer.devices=2", "trainer.devices: this version trains in one process, expected 1, got int 2"),
-        ("trainer.num_nodes=2", "trainer.num_nodes: this version trains in one process"),
+        ("trainer.devices=0", "trainer.devices: got 0, expected at least 1"),
+        ("trainer.num_nodes=-1", "trainer.num_nodes: got -1, expected at least 1"),
+        ("trainer.strategy=deepspeed", "trainer.strategy: got 'deepspeed', expected auto, ddp, or a _target_ such as"),
         ("trainer.precision=17", "trainer.precision: expected 64 | 32"),
         ("trainer.max_epochs=1.5", "trainer.max_epochs: expected int | null, got float 1.5"),
         (
@@ -218,7 +219,18 @@ def test_trainer_arguments(folder: Path, override: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["trainer.devices=1", "trainer.devices=auto", "trainer.precision=bf16-mixed", "trainer.precision=auto"]
+    "override",
+    [
+        "trainer.devices=1",
+        "trainer.devices=8",
+        "trainer.devices=auto",
+        "trainer.devices=-1",
+        "trainer.devices=[0, 1]",
+        "trainer.strategy=ddp",
+        "trainer.strategy={_target_: align.strategy.DDP}",
+        "trainer.precision=bf16-mixed",
+        "trainer.precision=auto",
+    ],
 )
 def test_trainer_arguments_that_are_fine(folder: Path, override: str) -> None:
     assert errors_of(override) == []

@@ -58,7 +58,7 @@ def configuration(folder: Path) -> dict[str, Any]:
     sampler = {"_target_": "align.rollout.sampler.DecodeSampler", "max_new_tokens": 12}
     return {
         "run_dir": str(folder / "run"),
-        "seed": 0,
+        "seed": 1,
         "models": {"A": str(folder / "a"), "twin": str(folder / "a"), "B": str(folder / "b")},
         "reference": "A",
         "reward": {"_target_": "align.models.load.load_scalar_model", "path": str(folder / "a")},

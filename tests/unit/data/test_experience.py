@@ -1,7 +1,5 @@
 """Experience: order as a function of the step, on-policy rollouts in a real fit, and resuming inside a rollout."""
 
-from itertools import chain
-
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -43,7 +41,8 @@ def loader(tokenizer, ranks=(0, 1), **given) -> ExperienceLoader:
     data = experience(tokenizer, **given)
     data.ranks = lambda: ranks  # type: ignore[method-assign]
     made = data.train_dataloader()
-    made.collect = lambda prompts, iteration, minibatch: answered(prompts, float(iteration))
+    # What `distributed.whole` would gather: the episodes of all ranks.
+    made.collect = lambda prompts, iteration, minibatch: answered(made._prompts_of(iteration), float(iteration))
     return made
 
 
@@ -88,7 +87,7 @@ def test_everything_is_a_function_of_the_step(tokenizer):
         batch.pretraining is not None and batch.pretraining.mask.tolist()[0] == [False, True, True] for batch in whole
     )
     late = loader(tokenizer, **given)
-    late.load_state_dict({"step": 8, "rollouts": [{}]})
+    late.load_state_dict({"step": 8, "rollout": {}})
     for one, other in zip(whole[8:], late, strict=True):
         assert places(one) == places(other)
         assert one.pretraining is not None and other.pretraining is not None
@@ -99,11 +98,24 @@ def test_everything_is_a_function_of_the_step(tokenizer):
 
 
 def test_ranks_share_every_rollout_and_minibatch(tokenizer):
-    alone = list(loader(tokenizer, epochs=1))
-    first, second = (list(loader(tokenizer, ranks=(rank, 2), epochs=1)) for rank in range(2))
+    alone = list(loader(tokenizer))
+    first, second = (list(loader(tokenizer, ranks=(rank, 2))) for rank in range(2))
     for whole, *parts in zip(alone, first, second, strict=True):
-        assert sorted(places(whole)) == sorted(chain.from_iterable(map(places, parts)))
-        assert [len(places(part)) for part in parts] == [2, 2]
+        assert [places(part) for part in parts] == [places(whole)[0::2], places(whole)[1::2]]
+
+
+def test_ranks_answer_every_other_prompt_with_the_draws_of_its_place(tokenizer):
+    alone, *ranks = (loader(tokenizer, ranks=ranks) for ranks in ((0, 1), (0, 2), (1, 2)))
+    whole = alone._prompts_of(1)
+    assert whole.seeds is not None
+    assert whole.seeds.tolist() == [seeds.derive(0, "sample", place) for place in range(8, 16)]
+    for rank, one in enumerate(ranks):
+        own = one._prompts_of(1, rank, 2)
+        assert own.seeds is not None
+        assert own.seeds.tolist() == whole.seeds[rank::2].tolist() and own.rows == whole.rows[rank::2]
+
+
+def test_minibatches_must_be_shared_equally(tokenizer):
     with pytest.raises(ValueError, match="minibatch=4 cannot be shared equally by 3 ranks"):
         loader(tokenizer, ranks=(0, 3))
 
@@ -207,21 +219,28 @@ def test_a_rollout_is_saved_only_where_it_is_needed_again(tokenizer):
     batches = iter(one)
     taken = [next(batches) for _ in range(6)]
     state = one.state_dict()
-    (saved,) = state["rollouts"]
+    saved = state["rollout"]
     rollout = taken[4].fresh
     assert state["step"] == 6
     assert rollout is not None
     assert saved["scores"].equal(rollout.scores)
     assert saved["completions.ids"].equal(rollout.completions.ids)
-    assert one.state_dict()["rollouts"][0]["scores"] is saved["scores"]
+    assert one.state_dict()["rollout"]["scores"] is saved["scores"]
     taken += [next(batches) for _ in range(2)]
-    assert one.state_dict() == {"step": 8, "rollouts": [{}]}
+    assert one.state_dict() == {"step": 8, "rollout": {}}
 
 
-def test_another_number_of_ranks_collects_the_rollout_anew(tokenizer):
-    one, two = loader(tokenizer), loader(tokenizer)
-    batches = list(one)
-    with pytest.warns(UserWarning, match="saved by 2 ranks and is resumed by 1"):
-        two.load_state_dict({"step": 6, "rollouts": [{}, {}]})
-    rest = list(two)
-    assert [places(batch) for batch in rest] == [places(batch) for batch in batches[6:]]
+def test_another_number_of_ranks_goes_on_with_the_same_rollout(tokenizer):
+    alone = loader(tokenizer)
+    whole = list(alone)
+    stopped = loader(tokenizer)
+    batches = iter(stopped)
+    taken = [next(batches) for _ in range(6)]
+    parts = []
+    for rank in range(2):
+        resumed = loader(tokenizer, ranks=(rank, 2))
+        resumed.load_state_dict(stopped.state_dict())
+        parts.append(list(resumed))
+    assert len(taken) + len(parts[0]) == len(whole)
+    for one, first, second in zip(whole[6:], *parts, strict=True):
+        assert [places(first), places(second)] == [places(one)[0::2], places(one)[1::2]]

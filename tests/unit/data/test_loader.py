@@ -38,15 +38,26 @@ def test_an_epoch_holds_every_example_once_and_the_last_batch_may_be_small():
     assert shuffled(11, 4).epoch(1) == second
 
 
-def test_ranks_share_every_batch_and_none_is_without_work():
+def test_ranks_share_every_batch():
     alone = shuffled(9, 4)
     ranks = [shuffled(9, 4, rank=rank, world_size=2) for rank in range(2)]
-    assert [len(batches) for batches in (alone, *ranks)] == [3, 2, 2]  # one example cannot be shared by two
-    for whole, *parts in zip(alone.epoch(5), *(rank.epoch(5) for rank in ranks), strict=False):
-        assert sorted(chain(*parts)) == sorted(whole)
-        assert [len(part) for part in parts] == [2, 2]
+    assert [len(batches) for batches in (alone, *ranks)] == [3, 3, 3]
+    for whole, *parts in zip(alone.epoch(5), *(rank.epoch(5) for rank in ranks), strict=True):
+        assert parts == [whole[0::2], whole[1::2]]
+    assert ranks[1].epoch(5)[-1] == []
     with pytest.raises(ValueError, match="batch_size=2 is less than the 3 ranks"):
         shuffled(9, 2, world_size=3)
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_rank_without_examples_gets_one_that_does_not_count(num_workers):
+    data = numbered()
+    data.num_workers = num_workers
+    data.ranks = lambda: (1, 2)  # type: ignore[method-assign]
+    data.setup()
+    batches = list(data.train_dataloader())
+    assert [len(batch.ids) for batch in batches] == [1, 1, 1, 1, 1]  # 13 examples in batches of 3
+    assert [bool(batch.mask.any()) for batch in batches] == [True, True, True, True, False]
 
 
 def test_the_seed_decides_the_order_of_a_data_module(tokenizer):

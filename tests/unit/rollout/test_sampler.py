@@ -1,5 +1,7 @@
 """Both engines answer alike; what they sample from is the model's own distribution."""
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -87,7 +89,30 @@ def test_a_model_without_eos_is_refused() -> None:
 
 def test_draw_takes_the_likeliest_at_temperature_zero() -> None:
     logits = torch.tensor([[0.0, 5.0, 1.0], [3.0, -1.0, 2.9]])
-    assert draw(logits, 0.0).tolist() == [1, 0]
+    points = torch.tensor([0.99, 0.99], dtype=torch.float64)
+    assert draw(logits, 0.0, points).tolist() == [1, 0]
+
+
+def test_draw_takes_the_token_whose_part_of_the_line_is_hit() -> None:
+    logits = torch.tensor([[0.5, 0.2, 0.3, 0.0]]).log().expand(6, -1)
+    points = torch.tensor([0.0, 0.49, 0.51, 0.69, 0.71, 1.0 - 1e-16], dtype=torch.float64)
+    assert draw(logits, 1.0, points).tolist() == [0, 0, 1, 1, 2, 2]
+    assert draw(logits[:1], 0.5, points[3:4]).tolist() == [1]  # .25 .04 .09 of .38: .66 .76 1.0
+
+
+def test_a_response_depends_on_its_prompt_and_seed_alone() -> None:
+    model, prompts = FAMILIES["llama-tied"], tiny.prompts([3, 9, 1, 5, 12, 7], seed=4)
+    seeded = replace(prompts, seeds=seeds.derive_all(3, "sample", range(6)))
+    whole = DecodeSampler(max_new_tokens=12, batch_size=6)(model, seeded)
+    for rows in ([4, 1], [0], [5, 3, 2]):
+        index = torch.tensor(rows)
+        part = DecodeSampler(max_new_tokens=12, batch_size=2)(model, seeded.rows_at(index))
+        again = whole.rows_at(index)
+        assert torch.equal(part.response_lengths, again.response_lengths)
+        width = part.ids.shape[1]
+        assert torch.equal(part.ids, again.ids[:, :width]) and not again.ids[:, width:].any()
+    other = DecodeSampler(max_new_tokens=12)(model, replace(prompts, seeds=seeds.derive_all(4, "sample", range(6))))
+    assert not torch.equal(other.ids[:, :12], whole.ids[:, :12])
 
 
 def test_sampled_tokens_have_finite_logprobs_under_the_same_distribution() -> None:

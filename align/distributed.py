@@ -1,0 +1,171 @@
+"""What the processes (ranks) of one run have to agree on: totals, what each of them made, and who is the first.
+
+With a single process everything here is the identity. Knows torch's process group and nothing of models or data.
+"""
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
+
+import torch
+from jaxtyping import Shaped
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.tensor import DTensor
+
+from align.types import AnyRecord, joined
+
+Value = TypeVar("Value")
+
+BUCKET_BYTES = 2**26
+"""Gradients sent in one message: few messages, and little memory beside the gradients."""
+
+
+def environment() -> ClusterEnvironment | None:
+    """Who started this process together with others (torchrun, `align.launch`, Slurm); None: it is alone."""
+    for kind in (TorchElasticEnvironment, SLURMEnvironment):
+        if kind.detect() and (found := kind()).world_size() > 1:
+            return found
+    return None
+
+
+@contextlib.contextmanager
+def group(accelerator: str) -> Iterator[None]:
+    """Inside the block this process can talk to those it was started with. Alone, it does nothing.
+
+    Args:
+        accelerator: As the Trainer takes it: on GPUs tensors travel by NCCL, otherwise by gloo.
+    """
+    started_by = environment()
+    if started_by is None:
+        yield
+        return
+    on_gpu = accelerator != "cpu" and torch.cuda.is_available()
+    os.environ["MASTER_ADDR"] = started_by.main_address
+    os.environ["MASTER_PORT"] = str(started_by.main_port)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=started_by.global_rank(), world_size=started_by.world_size()
+    )
+    yield
+    # Only where all went well: to end the group where something failed could wait for ranks that never come.
+    total(torch.zeros(1))
+    dist.destroy_process_group()
+
+
+def local_world_size() -> int:
+    """How many of the processes run on this machine."""
+    hosts = from_all(socket.gethostname())
+    return hosts.count(socket.gethostname())
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that writes the run's files and speaks to the user."""
+    return rank() == 0
+
+
+def total(value: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """The sum over all ranks."""
+    return _reduced(value, dist.ReduceOp.SUM)
+
+
+def largest(value: Shaped[Tensor, "*shape"]) -> Shaped[Tensor, "*shape"]:
+    """The maximum over all ranks."""
+    return _reduced(value, dist.ReduceOp.MAX)
+
+
+def totals(stats: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Named numbers summed over all ranks, or their maxima where a name ends in "max"; the same names everywhere."""
+    if world_size() == 1 or not stats:
+        return dict(stats)
+    found: dict[str, Tensor] = {}
+    for reduce, of_max in ((total, False), (largest, True)):
+        names = [name for name in sorted(stats) if name.endswith("max") is of_max]
+        if names:
+            values = reduce(torch.stack([stats[name].detach().float() for name in names]))
+            found |= dict(zip(names, values, strict=True))
+    return {name: found[name] for name in stats}
+
+
+def from_all(value: Value) -> list[Value]:
+    """Every rank's value, in the order of ranks."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_first(function: Callable[[], Value]) -> Value:
+    """What a function returns on the first rank, which alone calls it.
+
+    Raises:
+        SystemExit: On the others, where it raised on the first.
+    """
+    if world_size() == 1:
+        return function()
+    answer: list[Any] = [None]
+    try:
+        if is_first():
+            answer = [(function(),)]
+    finally:
+        dist.broadcast_object_list(answer)
+    if answer[0] is None:
+        raise SystemExit(2)
+    return answer[0][0]
+
+
+def whole(part: AnyRecord) -> AnyRecord:
+    """The record of which every rank has the rows `rank, rank + world_size, rank + 2 world_size, ...`."""
+    if world_size() == 1:
+        return part
+    device = part.device
+    parts = from_all(part.to("cpu"))
+    sizes = [other.size for other in parts]
+    places = [torch.arange(first, sum(sizes), len(parts))[:size] for first, size in enumerate(sizes)]
+    return joined(parts).rows_at(torch.argsort(torch.cat(places))).to(device)
+
+
+def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Adds up every rank's gradients. Those of sharded parameters are summed already, when they are made."""
+    if world_size() == 1:
+        return
+    waiting: dict[torch.dtype, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is None or isinstance(parameter.grad, DTensor):
+            continue
+        same = waiting.setdefault(parameter.grad.dtype, [])
+        same.append(parameter.grad)
+        if sum(grad.nbytes for grad in same) >= BUCKET_BYTES:
+            _sum_in_place(waiting.pop(parameter.grad.dtype))
+    for grads in waiting.values():
+        _sum_in_place(grads)
+
+
+def _sum_in_place(grads: list[Tensor]) -> None:
+    flat = torch.cat([grad.flatten() for grad in grads])
+    dist.all_reduce(flat)
+    for grad, summed in zip(grads, flat.split([grad.numel() for grad in grads]), strict=True):
+        grad.copy_(summed.view_as(grad))
+
+
+def _reduced(value: Tensor, by: Any) -> Tensor:
+    if world_size() == 1:
+        return value
+    value = value.detach().clone()
+    dist.all_reduce(value, op=by)
+    return value
