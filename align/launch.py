@@ -66,21 +66,15 @@ def run(command: Sequence[str], processes: int) -> int:
         0 if all ended well, otherwise the exit code of the first that did not; 128 + N for signal N.
     """
     alive, ends = os.pipe()
-    shared = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "WORLD_SIZE": str(processes),
-        "LOCAL_WORLD_SIZE": str(processes),
-        "TORCHELASTIC_RUN_ID": "align",  # how Lightning and torch know these variables
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // processes))),
-        PARENT: str(alive),
-    }
+    threads = os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // processes)))
+    shared = {**os.environ, "OMP_NUM_THREADS": threads, PARENT: str(alive)}
+    port = free_port()
     ranks: list[subprocess.Popen[bytes]] = []
     try:
         with _passing_on(ranks):
             for rank in range(processes):
-                own = {**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0"}
-                ranks.append(subprocess.Popen(command, env=own, pass_fds=(alive,)))
+                environment = {**shared, **variables(rank, processes, port)}
+                ranks.append(subprocess.Popen(command, env=environment, pass_fds=(alive,)))
             return _outcome(ranks)
     finally:
         for process in ranks:
@@ -88,6 +82,20 @@ def run(command: Sequence[str], processes: int) -> int:
             process.wait()
         os.close(alive)
         os.close(ends)
+
+
+def variables(rank: int, processes: int, port: int) -> dict[str, str]:
+    """The environment that tells a process its place among those on this machine; names and meanings are torchrun's."""
+    return {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(processes),
+        "LOCAL_WORLD_SIZE": str(processes),
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "GROUP_RANK": "0",
+        "TORCHELASTIC_RUN_ID": "align",  # how Lightning and torch know these variables
+    }
 
 
 def die_with_parent() -> None:
@@ -121,21 +129,26 @@ def _passing_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
 def _outcome(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     """Waits for all; where one fails, the others have `GRACE` to notice."""
     failed, deadline = 0, float("inf")
-    while any(process.poll() is None for process in ranks):
-        codes = [process.returncode for process in ranks if process.returncode not in (None, 0, interrupt.AGAIN)]
-        if codes and not failed:
-            failed = codes[0]
+    while True:
+        codes = [process.poll() for process in ranks]
+        bad = [code for code in codes if code is not None and code not in (0, interrupt.AGAIN)]
+        if bad and not failed:
+            failed = min(bad)  # a signal, where there was one: the others only lost the connection
             deadline = time.monotonic() + (0.0 if failed == cli.MISTAKE else GRACE)
+            if failed < 0:
+                name = signal.Signals(-failed).name
+                print(f"rank {codes.index(failed)} was killed by {name}, which ends the run", file=sys.stderr)
+        ended = [code for code in codes if code is not None]
+        if len(ended) == len(codes):
+            return 128 - failed if failed < 0 else failed or max(ended)
         if time.monotonic() >= deadline:
             for process in ranks:
                 process.kill()
-            break
         time.sleep(0.05)
-    failed = failed or next((process.returncode for process in ranks if process.returncode), 0)
-    return failed if failed >= 0 else 128 - failed
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A TCP port that nobody uses just now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

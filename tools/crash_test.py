@@ -7,6 +7,7 @@ a run that nobody disturbed. Speeds are the one exception. The figures are in do
 """
 
 import argparse
+import contextlib
 import csv
 import mmap
 import os
@@ -31,7 +32,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from align import checkpoints, fit, interrupt
+from align import checkpoints, fit, interrupt, launch
 from align.checkpoints import VerifiedCheckpointIO
 from align.modules.base import AlignModule
 from align.modules.ppo import PPOModule
@@ -44,6 +45,9 @@ PHASES = ("start", "rollout", "step", "checkpoint", "export")
 KINDS = ("sft", "reward", "ppo", "ppo-ptx")
 GIVE_UP = 120.0
 """Seconds after which a run that should have ended counts as hanging."""
+
+PATIENCE = 2.0
+"""Seconds until ranks that outlive a killed one are ended, as `align.launch` does: they may wait for it to start."""
 
 CALLBACKS: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
     "sft": {"ema": {"_target_": "align.callbacks.ema.EMA", "decay": 0.9}},
@@ -123,38 +127,47 @@ def arguments(kind: str, world: Path, workers: int) -> list[str]:
     return found if kind == "ppo-ptx" else [*found, "module.ppo.ptx_coef=0", "data.pretraining_batch=0"]
 
 
-def crash(
-    kind: str,
-    world: Path,
-    kills: int,
-    workers: int = 0,
-    seed: int = 0,
-    by: signal.Signals = signal.SIGKILL,
-    tick: Callable[[], None] = lambda: None,
-    optimizer: str = "adamw",
-) -> Result:
+@dataclass(frozen=True)
+class Variant:
+    """What is run, and how it is disturbed."""
+
+    kind: str
+    workers: int = 0
+    """Data loader processes."""
+    optimizer: str = "adamw"
+    processes: int = 1
+    """Ranks. SIGKILL then comes to one of them or to all, as it happens."""
+    by: signal.Signals = signal.SIGKILL
+
+    def __str__(self) -> str:
+        parts = [self.kind, f"{self.workers} workers" * bool(self.workers), self.optimizer]
+        return ", ".join(part for part in [*parts, f"{self.processes} processes" * (self.processes > 1)] if part)
+
+
+def crash(variant: Variant, world: Path, kills: int, seed: int = 0, tick: Callable[[], None] = lambda: None) -> Result:
     """Kills runs of a kind `kills` times in all, and compares each with an unbroken one when it is done."""
-    draw = random.Random(f"{seed}/{kind}/{workers}")
-    command = [*arguments(kind, world, workers), f"module.optim.name={optimizer}"]
-    reference = world / f"{kind}-{workers}-{optimizer}-unbroken"
+    draw = random.Random(f"{seed}/{variant}")
+    command = [*arguments(variant.kind, world, variant.workers), f"module.optim.name={variant.optimizer}"]
+    names = f"{variant.kind}-{variant.workers}-{variant.optimizer}-{variant.processes}"
+    reference, run = world / f"{names}-unbroken", world / f"{names}-killed"
     begun = time.monotonic()
-    if _run([*command, f"run_dir={reference}"], None, by)[0] != 0:
-        raise SystemExit(f"{kind}: the unbroken run failed:\n{(world / 'log.txt').read_text()[-3000:]}")
+    if _run([*command, f"run_dir={reference}"], variant, None, draw)[0] != 0:
+        raise SystemExit(f"{variant}: the unbroken run failed:\n{(world / 'log.txt').read_text()[-3000:]}")
     took = time.monotonic() - begun
-    result = Result(", ".join([kind, *([f"{workers} workers"] * bool(workers)), optimizer]))
-    run = world / f"{kind}-{workers}-{optimizer}-killed"
+    result = Result(str(variant))
     while sum(result.kills.values()) < kills:
         result.runs += 1
         while True:
             enough = sum(result.kills.values()) >= kills
-            code, phase = _run([*command, f"run_dir={run}"], None if enough else _moment(draw, kind, took), by)
+            moment = None if enough else _moment(draw, variant.kind, took)
+            code, phase = _run([*command, f"run_dir={run}"], variant, moment, draw)
             if code is not None:
                 break
             result.kills[phase] += 1
             tick()
         if code != 0:
             log = (world / "log.txt").read_text(encoding="utf-8")[-2000:]
-            raise SystemExit(f"{kind}: exit code {code} after {sum(result.kills.values())} kills:\n{log}")
+            raise SystemExit(f"{variant}: exit code {code} after {sum(result.kills.values())} kills:\n{log}")
         result.different += differences(run, reference)
         shutil.rmtree(run)
     return result
@@ -173,7 +186,7 @@ def differences(run: Path, reference: Path) -> list[str]:
     else:
         loaded = [torch.load(state / checkpoints.STATE, weights_only=True) for state in states if state is not None]
         found += [f"checkpoint: {place}" for place in _unequal(*loaded)]
-    if _metrics(run) != _metrics(reference):
+    if metrics(run) != metrics(reference):
         found.append("metrics.csv")
     for table in reference.glob("*.jsonl"):
         if (run / table.name).read_bytes() != table.read_bytes():
@@ -187,6 +200,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kills", type=int, default=100, help="of each kind of run (default: 100)")
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of run (default: all)")
     parser.add_argument("--workers", type=int, default=0, help="data loader processes (default: 0)")
+    parser.add_argument("--processes", type=int, default=1, help="ranks of a run (default: 1)")
     parser.add_argument("--optimizer", choices=("adamw", "adamw8bit"), default="adamw", help="(default: adamw)")
     parser.add_argument("--signal", choices=("KILL", "TERM", "USR1"), default="KILL", help="(default: KILL)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
@@ -201,16 +215,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         prepare(world)
         for kind in options.kinds:
             task = progress.add_task(kind, total=options.kills)
-            result = crash(
-                kind,
-                world,
-                options.kills,
-                options.workers,
-                options.seed,
-                signal.Signals[f"SIG{options.signal}"],
-                lambda task=task: progress.advance(task),  # type: ignore[misc]
-                options.optimizer,
+            variant = Variant(
+                kind, options.workers, options.optimizer, options.processes, signal.Signals[f"SIG{options.signal}"]
             )
+            result = crash(variant, world, options.kills, options.seed, lambda task=task: progress.advance(task))  # type: ignore[misc]
             failed |= bool(result.different)
             for what, count in Counter(result.different).most_common(20):
                 print(f"{result.kind}: {count} of {result.runs} runs differ in {what}")
@@ -218,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             table.add_row(
                 result.kind, str(result.runs), str(sum(result.kills.values())), *kills, str(len(result.different))
             )
-    console.print(table)
+    console.print(table, width=max(console.width, 120))
     console.print(f"{time.monotonic() - begun:.0f} s")
     return int(failed)
 
@@ -240,52 +248,82 @@ def _moment(draw: random.Random, kind: str, took: float) -> _Moment:
     return _Moment(draw.expovariate(1 / 0.004), phase, draw.randint(1, 4) if phase not in ("export", "start") else 1)
 
 
-def _run(command: list[str], moment: _Moment | None, by: signal.Signals) -> tuple[int | None, str]:
-    """Forks a process that trains; returns its exit code, None when the signal ended it, and the phase it was in last.
+def _run(command: list[str], variant: Variant, moment: _Moment | None, draw: random.Random) -> tuple[int | None, str]:
+    """Forks processes that train; returns the exit code, None when the signal ended them, and the last phase.
 
     Forking spares each start the seconds that importing PyTorch takes.
     """
     shared = mmap.mmap(-1, 4 * (1 + len(PHASES)))
     begun = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        _train(command, shared)
+    ranks = _forked(command, variant.processes, shared)
+    codes: dict[int, int] = {}
     phase, killed = PHASES[0], False
     due: float | None = begun + moment.seconds if moment is not None and moment.phase is None else None
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
+    while len(codes) < len(ranks):
+        for rank in ranks - codes.keys():
+            done, status = os.waitpid(rank, os.WNOHANG)
+            if done:
+                codes[rank] = os.waitstatus_to_exitcode(status)
         now = time.monotonic()
-        if done:
-            code = os.waitstatus_to_exitcode(status)
-            return (None if killed and code in (-by, interrupt.AGAIN) else code), phase
         numbers = _numbers(shared)
         if moment is not None and due is None and numbers[1 + PHASES.index(moment.phase or "")] >= moment.entered:
             due = now + moment.seconds
         if not killed and due is not None and now >= due:
-            phase = PHASES[numbers[0]]
-            os.killpg(child, by) if by is signal.SIGKILL else os.kill(child, by)
-            killed = True
-        if now - begun > GIVE_UP:
-            os.killpg(child, signal.SIGKILL)
+            phase, killed = PHASES[numbers[0]], True
+            _send(variant.by, ranks, codes, draw)
+        if killed and -variant.by in codes.values() and now >= (due or 0.0) + PATIENCE:
+            with contextlib.suppress(ProcessLookupError):  # all have ended by now
+                os.killpg(min(ranks), signal.SIGKILL)
+        elif now - begun > GIVE_UP:
+            os.killpg(min(ranks), signal.SIGKILL)
             raise SystemExit(f"hangs: {' '.join(command)}")
         time.sleep(0.0005)
+    if killed and {-variant.by, interrupt.AGAIN} & set(codes.values()):
+        return None, phase
+    return max(codes.values(), key=abs), phase
 
 
-def _train(command: list[str], shared: mmap.mmap) -> None:
+def _forked(command: list[str], processes: int, shared: mmap.mmap) -> set[int]:
+    """Starts the ranks of a run, in one process group."""
+    port = launch.free_port()
+    ranks: list[int] = []
+    for rank in range(processes):
+        child = os.fork()
+        if child == 0:
+            os.setpgid(0, ranks[0] if ranks else 0)  # worker processes die with it
+            if processes > 1:
+                os.environ.update(launch.variables(rank, processes, port))
+            _train(command, shared, rank)
+        ranks.append(child)
+        with contextlib.suppress(PermissionError):  # it has done so itself
+            os.setpgid(child, ranks[0])
+    return set(ranks)
+
+
+def _send(number: signal.Signals, ranks: set[int], ended: Mapping[int, int], draw: random.Random) -> None:
+    """Sends the signal to one of several ranks, or to all and their workers."""
+    left = sorted(ranks - ended.keys())
+    if number is signal.SIGKILL and draw.random() < 1 / len(ranks):
+        os.killpg(min(ranks), number)
+    elif left:
+        os.kill(draw.choice(left), number)
+
+
+def _train(command: list[str], shared: mmap.mmap, rank: int) -> None:
     """The forked process: notes which phase it is in, trains, and never returns."""
-    os.setpgrp()  # worker processes die with it
     code = 1
     try:
         run_dir = next(word.partition("=")[2] for word in command if word.startswith("run_dir="))
-        with open(Path(run_dir).parent / "log.txt", "w", encoding="utf-8") as log:
+        with open(Path(run_dir).parent / "log.txt", "a" if rank else "w", encoding="utf-8") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
-            _noted(PPOModule, "collect", "rollout", shared)
-            _noted(AlignModule, "accumulate", "step", shared)
-            _noted(AlignModule, "step", "step", shared)
-            _noted(VerifiedCheckpointIO, "save_checkpoint", "checkpoint", shared)
-            _noted(fit, "export", "export", shared)
-            _enter(shared, 0)
+            if rank == 0:
+                _noted(PPOModule, "collect", "rollout", shared)
+                _noted(AlignModule, "accumulate", "step", shared)
+                _noted(AlignModule, "step", "step", shared)
+                _noted(VerifiedCheckpointIO, "save_checkpoint", "checkpoint", shared)
+                _noted(fit, "export", "export", shared)
+                _enter(shared, 0)
             code = fit.main(command)
             sys.stdout.flush()
     finally:
@@ -322,7 +360,7 @@ def _numbers(shared: mmap.mmap) -> list[int]:
     return [int.from_bytes(shared[place : place + 4], "little") for place in range(0, len(shared), 4)]
 
 
-def _metrics(run: Path) -> list[dict[str, str]]:
+def metrics(run: Path) -> list[dict[str, str]]:
     """The rows of metrics.csv without what a clock measured."""
     with open(run / "metrics.csv", encoding="utf-8", newline="") as file:
         return [

@@ -347,9 +347,12 @@ def test_a_manifest_names_sizes_and_checksums(unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "workers", "optimizer"),
-    [("sft", 2, "adamw"), ("reward", 0, "adamw"), ("ppo", 0, "adamw8bit"), ("ppo-ptx", 0, "adamw")],
-)
-def test_a_few_kills_change_no_bit(world: Path, kind: str, workers: int, optimizer: str) -> None:
-    result = crash_test.crash(kind, world, 3, workers, seed=1, optimizer=optimizer)
+    ("kind", "workers", "optimizer", "processes"),
+    [
+        ("sft", 2, "adamw", 1), ("reward", 0, "adamw", 1), ("ppo", 0, "adamw8bit", 1), ("ppo-ptx", 0, "adamw", 1),
+        ("sft", 0, "adamw", 2), ("reward", 0, "adamw", 2), ("ppo-ptx", 0, "adamw", 2),
+    ],
+)  # fmt: skip
+def test_a_few_kills_change_no_bit(world: Path, kind: str, workers: int, optimizer: str, processes: int) -> None:
+    result = crash_test.crash(crash_test.Variant(kind, workers, optimizer, processes), world, 3, seed=1)
     assert sum(result.kills.values()) == 3 and result.different == []

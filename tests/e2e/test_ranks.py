@@ -1,0 +1,151 @@
+"""Several processes train what one trains, go on where another number of them stopped, and end together."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from align import checkpoints, fit, interrupt
+from tools import crash_test
+
+KINDS = ("sft", "reward", "ppo-ptx")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model and text; 161 demonstrations, so that the last batch has a single one."""
+    folder = tmp_path_factory.mktemp("world")
+    crash_test.prepare(folder)
+    rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
+    (folder / "rows.jsonl").write_text("".join([*rows, rows[0]]))
+    return folder
+
+
+def command(kind: str, world: Path, run: Path, *overrides: str) -> list[str]:
+    """A run that keeps all its checkpoints; without dropout, whose draws depend on the number of processes."""
+    own = ["module.model.dropout=0", "data.mix=null", "data.mix_fraction=0"] if kind == "sft" else []
+    keep = ["callbacks.checkpoints.keep=99", "overwrite=false"]
+    return [*crash_test.arguments(kind, world, 0), *own, *keep, f"run_dir={run}", *overrides]
+
+
+@pytest.fixture(scope="module")
+def alone(world: Path) -> dict[str, Path]:
+    """Each kind of run on one process."""
+    runs = {kind: world / f"{kind}-alone" for kind in KINDS}
+    for kind, run in runs.items():
+        assert fit.main(command(kind, world, run)) == 0
+    return runs
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "hf" / "model.safetensors")
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Equal weights and logged numbers, but for rounding, and as many rows."""
+    own, theirs = weights(run), weights(other)
+    for name in theirs:
+        torch.testing.assert_close(
+            own[name], theirs[name], rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    rows = [crash_test.metrics(folder) for folder in (run, other)]
+    assert len(rows[0]) == len(rows[1])
+    for one, two in zip(*rows, strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert (value == "") == (two[name] == ""), name
+            if value:
+                assert float(value) == pytest.approx(float(two[name]), rel=1e-3, abs=2e-5), (one["step"], name)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_train_what_one_trains(world: Path, alone: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    assert fit.main(command(kind, world, tmp_path / "run", "trainer.devices=2")) == 0
+    assert_same(tmp_path / "run", alone[kind])
+
+
+def go_back(run: Path, step: int) -> None:
+    """Leaves of a run what a kill shortly after a step would have left."""
+    (run / "finished.json").unlink()
+    for folder in (run / "hf", run / "hf-ema", *checkpoints.found(run / "checkpoints")):
+        if folder.exists() and (folder.parent == run or checkpoints.step_of(folder) > step):
+            shutil.rmtree(folder)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(world: Path, alone: dict[str, Path], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(alone["ppo-ptx"], run)
+    for step, processes in ((2, 2), (6, 1)):  # both in the middle of a rollout
+        go_back(run, step)
+        assert checkpoints.step_of(checkpoints.found(run / "checkpoints")[0]) == step
+        assert fit.main(command("ppo-ptx", world, run, f"trainer.devices={processes}")) == 0
+        assert_same(run, alone["ppo-ptx"])
+
+
+@pytest.fixture
+def running(world: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """An SFT run on two processes that would take a long time, once it has saved something."""
+    run = tmp_path / "run"
+    words = command("sft", world, run, "trainer.devices=2", "trainer.max_epochs=500", "callbacks.checkpoints.keep=1")
+    process = subprocess.Popen([sys.executable, "-m", "align.fit", *words], stdout=subprocess.PIPE, text=True)
+    while not checkpoints.found(run / "checkpoints"):
+        assert process.poll() is None
+        time.sleep(0.05)
+    yield process
+    process.kill()
+
+
+def ranks_of(process: subprocess.Popen[str]) -> list[int]:
+    """The process numbers of its two ranks."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=True).stdout
+    assert len(found.split()) == 2
+    return [int(number) for number in found.split()]
+
+
+def alive(number: int) -> bool:
+    try:
+        return "\nState:\tZ" not in Path(f"/proc/{number}/status").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_a_signal_saves_and_asks_to_be_started_again(running: subprocess.Popen[str]) -> None:
+    running.send_signal(signal.SIGTERM)
+    out, _ = running.communicate(timeout=30)
+    assert running.returncode == interrupt.AGAIN
+    assert out.count("ended by SIGTERM; the same command continues it") == 1
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_where_one_rank_dies_the_others_end_too(running: subprocess.Popen[str], rank: int) -> None:
+    ranks = ranks_of(running)
+    os.kill(ranks[rank], signal.SIGKILL)
+    running.communicate(timeout=30)
+    assert running.returncode == 128 + signal.SIGKILL
+    assert not any(map(alive, ranks))
+
+
+def test_ranks_die_with_the_process_that_started_them(running: subprocess.Popen[str]) -> None:
+    ranks = ranks_of(running)
+    running.kill()
+    deadline = time.monotonic() + 10
+    while any(map(alive, ranks)):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_mistake_that_all_ranks_find_is_told_once(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    words = command("sft", world, tmp_path / "run", "trainer.devices=2", "data.max_prompt_tokens=1")
+    assert fit.main(words) == 2
+    assert capfd.readouterr().err.count("no usable example") == 1
+    assert not (tmp_path / "run").exists()
