@@ -16,7 +16,7 @@ from types import TracebackType
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
-from align import distributed
+from align import atomic, distributed
 from align.atomic import write_text
 from align.config import ConfigError
 from align.errors import RunError
@@ -120,7 +120,7 @@ class RunFolder:
         real = self.path.resolve()
         try:
             if self._replaces:
-                self._earlier = Path(tempfile.mkdtemp(prefix=f".{real.name}.earlier.", dir=real.parent))
+                self._earlier = Path(tempfile.mkdtemp(prefix=_aside(real), dir=real.parent))
                 real.rename(self._earlier)  # onto an empty folder, which makes it one step
             self._made = [folder for folder in (real, *real.parents) if not folder.exists()]
             real.mkdir(parents=True, exist_ok=True)
@@ -135,7 +135,7 @@ class RunFolder:
         """The run does its work now: from here on what it writes is kept, and an earlier run is deleted."""
         self._begun = True
         if self._earlier is not None:
-            shutil.rmtree(self._earlier)
+            atomic.remove(self._earlier)
             self._earlier = None
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -158,6 +158,25 @@ class RunFolder:
         for folder in self._made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def put_back_earlier(folder: Path) -> None:
+    """Undoes what a `RunFolder` did whose process was killed before the run began."""
+    real = folder.resolve()
+    if not real.parent.is_dir():
+        return
+    for earlier in real.parent.glob(f"{_aside(real)}*"):
+        if is_run(earlier):  # it takes this name and this content in one step
+            shutil.rmtree(real, ignore_errors=True)  # a configuration, and nothing that took time
+            earlier.rename(real)
+        else:
+            earlier.rmdir()
+    atomic.sweep(real.parent, f"{_aside(real)}*")
+
+
+def _aside(folder: Path) -> str:
+    """How the names begin under which earlier runs in this folder are kept until the new one has begun."""
+    return f".{folder.name}.earlier."
 
 
 def is_run(folder: Path) -> bool:

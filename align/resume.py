@@ -92,6 +92,7 @@ def decide(config: DictConfig) -> Start:
         ConfigError: The folder holds a run of another configuration, or one of which no checkpoint is whole.
     """
     folder = Path(config.run_dir)
+    cli.put_back_earlier(folder)
     if config.get("overwrite") or config.get("resume") == "never" or not _holds_a_run(folder):
         return Start()
     changed = differences(plain(OmegaConf.load(folder / "config.yaml")), plain(config))

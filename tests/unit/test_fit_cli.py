@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from align import cli, fit, loggers, schema
+from align import cli, cli, fit, loggers, schema
 
 HERE = __name__
 
@@ -178,6 +178,28 @@ def test_a_used_folder_is_kept_unless_overwritten(folder: Path, capsys: pytest.C
     assert Path("runs/one/hf/old.txt").exists()
     assert fit.main(["c.yaml", "overwrite=true", "trainer.max_epochs=1"]) == 0
     assert not Path("runs/one/hf/old.txt").exists()
+
+
+@pytest.mark.parametrize("moment", ["making room", "before the first step", "deleting"])
+def test_a_kill_while_overwriting_loses_no_run(tmp_path: Path, moment: str) -> None:
+    def a_run(folder: Path, text: str) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "config.yaml").write_text(f"{cli.MARK}: {text}")
+
+    run = tmp_path / "run"
+    if moment == "making room":
+        a_run(run, "earlier")
+        (tmp_path / ".run.earlier.x1").mkdir()
+    elif moment == "before the first step":
+        a_run(run, "new")
+        a_run(tmp_path / ".run.earlier.x1", "earlier")
+    else:
+        a_run(run, "new")
+        a_run(tmp_path / "..run.earlier.x1.y2", "half deleted")
+    cli.put_back_earlier(run)
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+    left = (run / "config.yaml").read_text()
+    assert left == f"{cli.MARK}: {'new' if moment == 'deleting' else 'earlier'}"
 
 
 def test_overwrite_deletes_only_run_folders(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
