@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from align import cli, cli, fit, loggers, schema
+from align import cli, fit, loggers, schema
 
 HERE = __name__
 
