@@ -15,8 +15,7 @@ def folder_written_whole(folder: str | Path) -> Iterator[Path]:
     A process that is killed in the block leaves a folder behind whose name begins with a dot: see `sweep`.
     """
     folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    fresh = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    fresh = unfinished(folder)
     try:
         yield fresh
         fresh.chmod(0o755)
@@ -32,6 +31,12 @@ def folder_written_whole(folder: str | Path) -> Iterator[Path]:
         shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def unfinished(folder: Path) -> Path:
+    """A new folder beside the given one, of the kind that `sweep` removes."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
 
 
 def write_text(path: Path, text: str) -> None:

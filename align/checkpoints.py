@@ -14,14 +14,22 @@ from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard, empty
 
-from align import atomic
+from align import atomic, distributed
 from align.errors import RunError
 
 FOLDER = "checkpoints"
 """In a run's folder."""
 
 STATE = "state.pt"
+SHARDS = "shards"
+"""Folder of the tensors that were sharded when they were saved, in the format of torch.distributed.checkpoint."""
+SHARDED = "__sharded__"
+"""Key of the note that stands for such a tensor in the state."""
 MANIFEST = "manifest.json"
 PATTERN = "step-*"
 FORMAT = 1
@@ -44,18 +52,20 @@ class VerifiedCheckpointIO(CheckpointIO):
     """Writes and reads Lightning's checkpoint as a folder with a manifest. Plain tensors and containers only."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Writes the whole state, or nothing.
+        """Writes the whole state, or nothing. With sharded tensors in it, all ranks must call it.
 
         Raises:
             CheckpointError: The disk is full, or the folder cannot be written to.
         """
         folder = Path(path)
+        shards: dict[str, DTensor] = {}
+        tree = _taken_out(checkpoint, shards)
         try:
+            if shards:
+                _save_sharded(tree, shards, folder)
+                return
             with atomic.folder_written_whole(folder) as fresh:
-                with open(fresh / STATE, "wb") as file:  # its own file handle would not say why it failed
-                    torch.save(checkpoint, file)
-                step = int(checkpoint["global_step"])
-                atomic.write_text(fresh / MANIFEST, json.dumps(_manifest(fresh, step), indent=1) + "\n")
+                _write(tree, fresh)
         except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
             raise CheckpointError(
                 f"the checkpoint {folder} could not be written: {_cause(error)}. Earlier checkpoints are as they "
@@ -66,12 +76,27 @@ class VerifiedCheckpointIO(CheckpointIO):
         self, path: str | Path, map_location: Any | None = None, weights_only: bool | None = True
     ) -> dict[str, Any]:
         """Reads a state that `newest_good` or `verify` has found whole. Never runs code that a file contains."""
-        return torch.load(Path(path) / STATE, map_location=map_location or "cpu", weights_only=True)
+        return read(Path(path))
 
     def remove_checkpoint(self, path: str | Path) -> None:
         """Deletes a checkpoint, at once as far as anybody can see."""
         if Path(path).exists():
             atomic.remove(Path(path))
+
+
+def read(folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
+    """The state in a checkpoint, in CPU memory. Never runs code that a file contains.
+
+    Args:
+        folder: Of the checkpoint.
+        mesh: Tensors that were sharded when saved are sharded over it; None: they come whole.
+    """
+    tree = torch.load(folder / STATE, map_location="cpu", weights_only=True)
+    shards: dict[str, Tensor] = {}
+    tree = _put_back(tree, shards, mesh)
+    if shards:
+        state_dict_loader.load(shards, checkpoint_id=folder / SHARDS, no_dist=mesh is None)
+    return tree
 
 
 def step_folder(folder: Path, step: int) -> Path:
@@ -128,11 +153,60 @@ def described(damaged: Sequence[Damage]) -> list[str]:
     return [f"{item.folder}: not used, {item.reason}" for item in damaged]
 
 
+def _save_sharded(tree: Any, shards: dict[str, DTensor], folder: Path) -> None:
+    """Every rank writes its parts into a folder that gets its name when the first rank knows that all are there."""
+    unfinished = distributed.from_first(lambda: atomic.unfinished(folder))
+    state_dict_saver.save(shards, checkpoint_id=unfinished / SHARDS)  # returns, or raises, on all ranks alike
+
+    def complete() -> None:
+        with atomic.folder_written_whole(folder) as fresh:
+            (unfinished / SHARDS).rename(fresh / SHARDS)
+            _write(tree, fresh)
+        unfinished.rmdir()
+
+    distributed.from_first(complete)
+
+
+def _write(tree: Any, folder: Path) -> None:
+    with open(folder / STATE, "wb") as file:  # torch's own file handle would not say why it failed
+        torch.save(tree, file)
+    step = int(tree["global_step"])
+    atomic.write_text(folder / MANIFEST, json.dumps(_manifest(folder, step), indent=1) + "\n")
+
+
+def _taken_out(tree: Any, shards: dict[str, DTensor], path: str = "") -> Any:
+    """The tree with a note in place of every sharded tensor, which goes into `shards` under its path."""
+    if isinstance(tree, dict):
+        return {key: _taken_out(value, shards, f"{path}/{key}") for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_taken_out(value, shards, f"{path}/{place}") for place, value in enumerate(tree)]
+    if not isinstance(tree, DTensor):
+        return tree
+    shards[path] = tree
+    return {SHARDED: path, "shape": list(tree.shape), "dtype": tree.dtype}
+
+
+def _put_back(tree: Any, shards: dict[str, Tensor], mesh: DeviceMesh | None) -> Any:
+    """The tree with an empty tensor in place of every note; `shards` gets it too."""
+    if isinstance(tree, dict) and SHARDED in tree:
+        shape, dtype = tree["shape"], tree["dtype"]
+        if mesh is None:
+            shards[tree[SHARDED]] = torch.empty(shape, dtype=dtype)
+        else:
+            shards[tree[SHARDED]] = empty(shape, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
+        return shards[tree[SHARDED]]
+    if isinstance(tree, dict):
+        return {key: _put_back(value, shards, mesh) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_put_back(value, shards, mesh) for value in tree]
+    return tree
+
+
 def _manifest(folder: Path, step: int) -> dict[str, Any]:
     files = {
-        path.name: {"bytes": path.stat().st_size, "sha256": _digest(path)}
-        for path in sorted(folder.iterdir())
-        if path.name != MANIFEST
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _digest(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != MANIFEST
     }
     return {"format": FORMAT, "step": step, "torch": torch.__version__, "files": files}
 

@@ -16,7 +16,7 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from align.types import AnyRecord, joined
 
@@ -138,6 +138,23 @@ def whole(part: AnyRecord) -> AnyRecord:
     sizes = [other.size for other in parts]
     places = [torch.arange(first, sum(sizes), len(parts))[:size] for first, size in enumerate(sizes)]
     return joined(parts).rows_at(torch.argsort(torch.cat(places))).to(device)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor, gathered on every rank; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def own_part(tensor: Tensor) -> Tensor:
+    """This rank's part of a sharded tensor; others as they are."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """This rank's part of a tensor that all ranks have, sharded as another is; as it is, if that is not sharded."""
+    if not isinstance(other, DTensor) or isinstance(tensor, DTensor):
+        return tensor
+    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -27,6 +27,7 @@ from align.checkpoints import VerifiedCheckpointIO
 from align.config import AUTO, FIT_KEYS, STRATEGIES, ConfigError, check, plain, read
 from align.data.base import AlignData
 from align.interrupt import Interrupted
+from align.models import sharding
 from align.strategy import DDP
 
 PROG = "python -m align.fit"
@@ -159,8 +160,7 @@ def _train(config: DictConfig, start: resume.Start) -> int:
                 _say(f"{run_dir}: {note}")
             with _of_this_model(start.checkpoint):
                 trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
-        if distributed.is_first():
-            export(module, run_dir / "hf")
+        export(module, run_dir / "hf")
     return trainer.global_step
 
 
@@ -231,6 +231,10 @@ class _Begins(Callback):
 
 def export(module: LightningModule, folder: Path) -> None:
     """Writes the trained model as a Hugging Face folder, whole or not at all."""
+    if not distributed.is_first():
+        if sharding.is_sharded(module):
+            module.export(folder)  # type: ignore[operator]  # which sends the first rank what it lacks
+        return
     with folder_written_whole(folder) as fresh:
         module.export(fresh)  # type: ignore[operator]
 

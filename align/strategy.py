@@ -1,9 +1,18 @@
 """How several processes share a model, as Lightning strategies for `trainer.strategy`."""
 
-import torch
-from lightning.pytorch.strategies import DDPStrategy
-from torch import distributed as dist
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import distributed as dist
+from torch import nn
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from align import checkpoints, distributed
+from align.models import sharding
 from align.modules.base import AlignModule
 
 
@@ -23,3 +32,99 @@ class DDP(DDPStrategy):
         with torch.no_grad():
             for tensor in (*module.parameters(), *module.buffers()):
                 dist.broadcast(tensor, 0)
+
+
+class FSDP(ModelParallelStrategy):
+    """Every rank holds a part of all weights, gradients and optimizer state, and of the frozen models (FSDP2).
+
+    Each model of the module is sharded block by block. Checkpoints have a file for each rank; any number of ranks, and
+    any strategy, continues from them.
+
+    Args:
+        reshard_after_forward: Frees each block's weights between its forward and its backward pass. False keeps them:
+            one gathering less a step, and memory for whole models (their optimizer state stays sharded).
+        cpu_offload: Keeps weights, gradients and optimizer state in CPU memory; only what is computed is on the GPU.
+    """
+
+    def __init__(self, *, reshard_after_forward: bool = True, cpu_offload: bool = False) -> None:
+        super().__init__(tensor_parallel_size=1)
+        self.reshard_after_forward = reshard_after_forward
+        self.cpu_offload = cpu_offload
+
+    def setup_environment(self) -> None:
+        """Makes the mesh: one axis over all ranks."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def shard(self, module: AlignModule) -> None:
+        """Shards every transformers model of a module; `AlignModule.configure_model` calls it."""
+        compute_dtype = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
+        for model in models_of(module):
+            sharding.shard(
+                model,
+                self.device_mesh["data_parallel"],
+                compute_dtype=compute_dtype,
+                reshard_after_forward=self.reshard_after_forward,
+                offload=self.cpu_offload,
+            )
+
+    def model_to_device(self) -> None:
+        """Moves what is not sharded; offloaded shards stay where they are."""
+        if not self.cpu_offload:
+            super().model_to_device()
+
+    # Checkpoints: Lightning's own go around its CheckpointIO. Ours are the same tree as without sharding, in which the
+    # tensors are sharded; `VerifiedCheckpointIO` knows how to write and read those.
+
+    @property
+    def lightning_restore_optimizer(self) -> bool:
+        """Optimizer states come with the checkpoint, as without sharding."""
+        return True
+
+    def lightning_module_state_dict(self) -> dict[str, Any]:
+        """Of this rank's parts."""
+        assert self.lightning_module is not None
+        return self.lightning_module.state_dict()
+
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """Of this rank's parts."""
+        return optimizer.state_dict()
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any | None = None
+    ) -> None:
+        """Writes each rank's parts. All ranks must call it."""
+        self.checkpoint_io.save_checkpoint(checkpoint, filepath)
+
+    def load_checkpoint(self, checkpoint_path: str | Path, weights_only: bool | None = None) -> dict[str, Any]:
+        """Reads this rank's parts, whoever saved them."""
+        return checkpoints.read(Path(checkpoint_path), self.device_mesh["data_parallel"])
+
+    def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        """Takes the weights over."""
+        assert self.lightning_module is not None
+        own = self.lightning_module.state_dict()
+        weights = {
+            name: distributed.sharded_like(value, own[name]) if name in own else value
+            for name, value in checkpoint["state_dict"].items()
+        }
+        self.lightning_module.load_state_dict(weights, strict=strict)
+
+    def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:
+        """Takes the optimizer states over."""
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=True):
+            parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+            for number, own in state["state"].items():
+                parameter = parameters[number]
+                for name, value in own.items():
+                    if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == parameter.shape[0]:
+                        own[name] = distributed.sharded_like(value, parameter)
+            optimizer.load_state_dict(state)
+
+
+def models_of(module: nn.Module) -> list[PreTrainedModel]:
+    """The transformers models in a module, outermost ones only."""
+    found: list[PreTrainedModel] = []
+    for child in module.children():
+        found += [child] if isinstance(child, PreTrainedModel) else models_of(child)
+    return found

@@ -153,6 +153,15 @@ class Rollout(Record):
     advantages: Float[Tensor, "batch response"]
     returns: Float[Tensor, "batch response"]
 
+    def uncounted(self) -> "Rollout":
+        """The same episodes without a response token."""
+        nothing = torch.zeros_like(self.completions.response_lengths)
+        return replace(
+            self,
+            completions=replace(self.completions, response_lengths=nothing),
+            mask=torch.zeros_like(self.mask),
+        )
+
 
 @dataclass(frozen=True)
 class Minibatch(Record):

@@ -9,6 +9,7 @@ a run that nobody disturbed. Speeds are the one exception. The figures are in do
 import argparse
 import contextlib
 import csv
+import faulthandler
 import mmap
 import os
 import random
@@ -17,7 +18,6 @@ import signal
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import Progress, TaskID
 from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -210,7 +210,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     begun = time.monotonic()
     table = Table("run", "runs ended", "kills", *PHASES, "differences")
     failed = False
-    with tempfile.TemporaryDirectory() as name, Progress(console=console, transient=True) as progress:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        Progress(console=console, transient=True, auto_refresh=False) as progress,
+    ):
+        # Without auto_refresh, since a process that is forked while another thread prints may wait for it forever.
         world = Path(name)
         prepare(world)
         for kind in options.kinds:
@@ -218,7 +222,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             variant = Variant(
                 kind, options.workers, options.optimizer, options.processes, signal.Signals[f"SIG{options.signal}"]
             )
-            result = crash(variant, world, options.kills, options.seed, lambda task=task: progress.advance(task))  # type: ignore[misc]
+
+            def tick(task: TaskID = task) -> None:
+                progress.update(task, advance=1, refresh=True)
+
+            result = crash(variant, world, options.kills, options.seed, tick)
             failed |= bool(result.different)
             for what, count in Counter(result.different).most_common(20):
                 print(f"{result.kind}: {count} of {result.runs} runs differ in {what}")
@@ -276,7 +284,7 @@ def _run(command: list[str], variant: Variant, moment: _Moment | None, draw: ran
                 os.killpg(min(ranks), signal.SIGKILL)
         elif now - begun > GIVE_UP:
             os.killpg(min(ranks), signal.SIGKILL)
-            raise SystemExit(f"hangs: {' '.join(command)}")
+            raise SystemExit(f"hangs: {' '.join(command)}\n{(world_of(command) / 'log.txt').read_text()[-5000:]}")
         time.sleep(0.0005)
     if killed and {-variant.by, interrupt.AGAIN} & set(codes.values()):
         return None, phase
@@ -313,10 +321,10 @@ def _train(command: list[str], shared: mmap.mmap, rank: int) -> None:
     """The forked process: notes which phase it is in, trains, and never returns."""
     code = 1
     try:
-        run_dir = next(word.partition("=")[2] for word in command if word.startswith("run_dir="))
-        with open(Path(run_dir).parent / "log.txt", "a" if rank else "w", encoding="utf-8") as log:
+        with open(world_of(command) / "log.txt", "a" if rank else "w", encoding="utf-8") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+            faulthandler.dump_traceback_later(GIVE_UP - 5.0, file=log)  # where it hangs
             if rank == 0:
                 _noted(PPOModule, "collect", "rollout", shared)
                 _noted(AlignModule, "accumulate", "step", shared)
@@ -327,11 +335,15 @@ def _train(command: list[str], shared: mmap.mmap, rank: int) -> None:
             code = fit.main(command)
             sys.stdout.flush()
     finally:
-        if sys.exc_info()[0] is not None:
-            traceback.print_exc()
+        sys.excepthook(*sys.exc_info()) if sys.exc_info()[0] else None  # type: ignore[arg-type]
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+
+def world_of(command: list[str]) -> Path:
+    """The folder in which a run's folder is."""
+    return Path(next(word.partition("=")[2] for word in command if word.startswith("run_dir="))).parent
 
 
 def _noted(owner: Any, name: str, phase: str, shared: mmap.mmap) -> None:

@@ -1,15 +1,18 @@
 """An exponential moving average of the trained weights (InstructGPT, appendix C.4: decay 0.992), exported beside them.
 
-torch's `AveragedModel` keeps it. Lightning's own averaging callback copies the whole module, which in PPO would double
-four models to average one.
+Lightning's own averaging callback copies the whole module, which in PPO would double four models to average one;
+torch's `AveragedModel` copies a model, which one that is sharded does not allow.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+import torch
+from torch import Tensor
 
+from align import distributed
 from align.models.load import save_model
 from align.modules.base import AlignModule
 from align.modules.ppo import PPOModule
@@ -27,8 +30,8 @@ class EMA(L.Callback):
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay: got {decay}, expected at least 0 and less than 1, such as 0.992")
         self.decay, self.every = decay, every
-        self.average: AveragedModel | None = None
-        self._saved: dict[str, Any] | None = None
+        self.average: dict[str, Tensor] = {}
+        self._saved: dict[str, Tensor] = {}
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Starts from the weights as they are, or from those of the checkpoint.
@@ -39,30 +42,47 @@ class EMA(L.Callback):
         assert isinstance(pl_module, AlignModule)
         if self.every == "iteration" and not isinstance(pl_module, PPOModule):
             raise ValueError(f"every: got iteration, but {type(pl_module).__name__} has no rollouts; expected step")
-        self.average = AveragedModel(pl_module.exported(), multi_avg_fn=get_ema_multi_avg_fn(self.decay))
-        self.average.requires_grad_(False)
-        self.average.update_parameters(pl_module.exported())  # the first update copies
-        if self._saved is not None:
-            self.average.load_state_dict(self._saved)
+        weights = _weights(pl_module)
+        self.average = {name: weight.clone() for name, weight in weights.items()}
+        for name, saved in self._saved.items():
+            distributed.own_part(self.average[name]).copy_(
+                distributed.own_part(distributed.sharded_like(saved, weights[name]))
+            )
 
+    @torch.no_grad()
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Takes the new weights into the average."""
-        assert isinstance(pl_module, AlignModule) and self.average is not None
         if self.every == "step" or outputs["rollout"] is not None:
-            self.average.update_parameters(pl_module.exported())
+            for name, weight in _weights(pl_module).items():
+                distributed.own_part(self.average[name]).lerp_(distributed.own_part(weight), 1.0 - self.decay)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Writes the average as a Hugging Face folder, also where a run is continued after its last step."""
-        assert isinstance(pl_module, AlignModule) and self.average is not None
-        if trainer.is_global_zero:
-            save_model(self.average.module, pl_module.tokenizer, Path(trainer.default_root_dir) / "hf-ema")  # type: ignore[arg-type]
+        assert isinstance(pl_module, AlignModule)
+        _swap(_weights(pl_module), self.average)
+        save_model(pl_module.exported(), pl_module.tokenizer, Path(trainer.default_root_dir) / "hf-ema")  # type: ignore[arg-type]
+        _swap(_weights(pl_module), self.average)
 
     def state_dict(self) -> dict[str, Any]:
         """The average, for checkpoints."""
-        return {} if self.average is None else self.average.state_dict()
+        return {"average": self.average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until the models exist."""
-        self._saved = state_dict or None
+        self._saved = state_dict["average"]
+
+
+def _weights(module: L.LightningModule) -> dict[str, Tensor]:
+    assert isinstance(module, AlignModule)
+    return {name: parameter.detach() for name, parameter in module.exported().named_parameters()}
+
+
+def _swap(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:
+    """Exchanges the contents, one tensor after another."""
+    for name, weight in weights.items():
+        one, other = distributed.own_part(weight), distributed.own_part(others[name])
+        kept = one.clone()
+        one.copy_(other)
+        other.copy_(kept)

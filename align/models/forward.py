@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from align.formulas.losses import entropy
+from align.models import sharding
 from align.models.heads import ScalarModel
 
 LOGITS_PER_CHUNK = 2**25
@@ -117,16 +118,15 @@ def token_values(
     model: ScalarModel, ids: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
 ) -> Float[Tensor, " tokens"]:
     """V(s_t) of the tokens where `mask` is True: read at the token before, when token t was not yet chosen."""
-    hidden = _hidden(model.hf, ids)[:, :-1][mask[:, 1:]]
-    return _scalar(model, hidden)
+    return sharding.run(model.hf, lambda hf: _scalar(model, _hidden(hf, ids)[:, :-1][mask[:, 1:]]))
 
 
 def final_scores(
     model: ScalarModel, ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
     """The reward of each whole sequence, read at its last token (the EOS token of a finished response)."""
-    hidden = _hidden(model.hf, ids)
-    return _scalar(model, hidden[torch.arange(len(ids), device=ids.device), lengths - 1])
+    rows = torch.arange(len(ids), device=ids.device)
+    return sharding.run(model.hf, lambda hf: _scalar(model, _hidden(hf, ids)[rows, lengths - 1]))
 
 
 def fitted(columns: Shaped[Tensor, "batch time"], lengths: Int[Tensor, " batch"]) -> Shaped[Tensor, "batch fitted"]:
@@ -157,11 +157,23 @@ def _over_logits(
     function: Callable[[Float[Tensor, "tokens vocab"], Int[Tensor, " tokens"]], Tensor],
 ) -> Tensor:
     """`function(logits, targets)` of the scored tokens, computing no other logits where the model allows it."""
+    plain = _has_plain_head(model)
+    return sharding.run(model, _function_of_logits, ids, mask, temperature, function, plain)
+
+
+def _function_of_logits(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    temperature: float,
+    function: Callable[[Float[Tensor, "tokens vocab"], Int[Tensor, " tokens"]], Tensor],
+    plain: bool,
+) -> Tensor:
     targets = ids[:, 1:][mask[:, 1:]]
-    if _has_plain_head(model):
+    if plain:
         head, inputs = _unembedding(model), _hidden(model, ids)[:, :-1][mask[:, 1:]]
     else:
-        head, inputs = nn.Identity(), model(input_ids=ids, use_cache=False).logits[:, :-1][mask[:, 1:]]
+        head, inputs = nn.Identity(), model.forward(input_ids=ids, use_cache=False).logits[:, :-1][mask[:, 1:]]
 
     def chunk(inputs: Tensor, targets: Tensor) -> Tensor:
         logits = head(inputs).float()
@@ -199,12 +211,15 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
     such models are asked for their logits whole, which costs memory and stays right.
     """
     if model not in _plain_heads:
-        ids = torch.arange(2, device=model.device)[None]
-        with torch.no_grad(), evaluating(model):
-            hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-            whole = model(input_ids=ids, use_cache=False).logits
-            _plain_heads[model] = torch.equal(_unembedding(model)(hidden), whole)
+        with torch.no_grad(), evaluating(model), sharding.gathered(model):
+            _plain_heads[model] = sharding.run(model, _head_is_plain)
     return _plain_heads[model]
+
+
+def _head_is_plain(model: PreTrainedModel) -> bool:
+    ids = torch.arange(2, device=model.device)[None]
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return torch.equal(_unembedding(model)(hidden), model.forward(input_ids=ids, use_cache=False).logits)
 
 
 def _unembedding(model: PreTrainedModel) -> nn.Module:

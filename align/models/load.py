@@ -24,8 +24,9 @@ from transformers import (
 )
 from transformers.utils import logging as hf_logging
 
-from align import seeds
+from align import distributed, seeds
 from align.atomic import folder_written_whole
+from align.models import sharding
 from align.models.attention import use_attend
 from align.models.heads import ScalarModel, initialise_head
 from align.paths import ModelPath
@@ -126,10 +127,16 @@ def add_residual_dropout(model: PreTrainedModel, probability: float) -> None:
 
 
 def save_model(model: PreTrainedModel | ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """Writes model and tokenizer as a Hugging Face folder; an older folder is replaced only when all is written."""
+    """Writes model and tokenizer as a Hugging Face folder; an older folder is replaced only when all is written.
+
+    Of several ranks the first one writes; where the model is sharded, all must call it.
+    """
     inner = model.hf if isinstance(model, ScalarModel) else model
+    whole = sharding.whole_weights(inner) if sharding.is_sharded(inner) else None
+    if not distributed.is_first():
+        return
     with folder_written_whole(folder) as fresh, _quiet():
-        inner.save_pretrained(fresh)
+        inner.save_pretrained(fresh, state_dict=whole)
         tokenizer.save_pretrained(fresh)
 
 
@@ -144,7 +151,8 @@ def frozen(model: AnyModel) -> AnyModel:
 def fingerprint(model: nn.Module) -> str:
     """A digest of a model's weights, the same in whatever order and on however many threads it is computed."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in model.state_dict().items():
+    for name, part in model.state_dict().items():
+        tensor = distributed.whole_tensor(part)
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         size = tensor.element_size()
         bits = (

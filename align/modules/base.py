@@ -10,21 +10,24 @@ added up once a step, so the number of ranks changes nothing either.
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from align import distributed, interrupt, nonfinite, seeds
 from align.errors import RunError
+from align.models import sharding
 from align.models.load import save_model
 from align.optim import Optim
+from align.types import AnyRecord
 
 Stats = dict[str, Tensor]
 
@@ -76,6 +79,12 @@ class AlignModule(L.LightningModule):
         """Peak learning rates of networks that do not use `optim.lr`."""
         return {}
 
+    def configure_model(self) -> None:
+        """Lets a strategy that shards weights do so. Called by Lightning on every rank before weights are restored."""
+        shard = getattr(self.trainer.strategy, "shard", None)
+        if shard is not None:
+            shard(self)
+
     def configure_optimizers(self) -> dict[str, Any]:
         """One optimizer for all networks: with several, `global_step` would count each one's steps."""
         steps = self.trainer.estimated_stepping_batches
@@ -83,6 +92,24 @@ class AlignModule(L.LightningModule):
             raise ValueError("trainer: has no last step, which the schedule must know; set max_epochs or max_steps")
         optimizer, schedule = self.optim.build(self.networks(), steps=int(steps), lrs=self.learning_rates())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def parts(self, batch: AnyRecord, groups: Sequence[Int[Tensor, " _"]]) -> Iterator[AnyRecord]:
+        """The groups of a batch's rows, one after another.
+
+        Where weights are sharded every rank must compute equally many, so those with fewer groups than others compute
+        some that do not count.
+
+        Args:
+            batch: This rank's part of it.
+            groups: Micro-batches: which rows; see `forward.micro_batches`.
+        """
+        missing = 0
+        if any(sharding.is_sharded(network) for network in self.networks().values()):
+            missing = int(distributed.largest(torch.tensor(len(groups), device=self.device))) - len(groups)
+        for group in groups:
+            yield batch.rows_at(group)
+        for _ in range(missing):
+            yield batch.rows_at(groups[-1][-1:]).uncounted()  # type: ignore[attr-defined]
 
     def accumulate(self, pieces: Iterable[tuple[Tensor, Stats]]) -> Stats:
         """Adds the gradient of every piece to what is there.
@@ -137,7 +164,7 @@ class AlignModule(L.LightningModule):
         if all(bool(norm.isfinite()) for norm in norms.values()):
             self.nonfinite_steps = 0
             for name, own in parameters.items():
-                nn.utils.clip_grads_with_norm_(own, self.optim.max_grad_norm or float("inf"), norms[name])
+                scale_gradients(own, norms[name], self.optim.max_grad_norm or float("inf"))
         else:
             self._leave_out()
             optimizer.zero_grad()  # type: ignore[union-attr]  # parameters without gradient are not stepped
@@ -220,5 +247,13 @@ def gradient_norm(parameters: Iterable[nn.Parameter], *, summed: bool = True) ->
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not summed and distributed.world_size() > 1:
-        grads = [distributed.total(grad) for grad in grads]
-    return nn.utils.get_total_norm(grads)
+        grads = [grad if isinstance(grad, DTensor) else distributed.total(grad) for grad in grads]
+    return distributed.whole_tensor(nn.utils.get_total_norm(grads))
+
+
+def scale_gradients(parameters: Iterable[nn.Parameter], norm: Float[Tensor, ""], largest: float) -> None:
+    """Scales all gradients together down to a norm of at most `largest`, given that they have `norm` now."""
+    factor = torch.clamp(largest / (norm + 1e-6), max=1.0)  # as torch's clip_grads_with_norm_, which mixes no DTensors
+    for parameter in parameters:
+        if parameter.grad is not None:
+            distributed.own_part(parameter.grad).mul_(factor)

@@ -8,7 +8,7 @@ one when the last is used up. What departs from the paper, or fills what it leav
 import copy
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align import distributed, interrupt, seeds
 from align.formulas import losses, masked, returns
-from align.models import forward
+from align.models import forward, sharding
 from align.models.heads import ScalarModel
 from align.models.load import fingerprint, frozen
 from align.modules.base import AlignModule, Stats, gradient_norm
@@ -195,7 +195,8 @@ class PPOModule(AlignModule):
         """
         start = time.perf_counter()
         with interrupt.interruptible(self.may_be_dropped()), self.precision(), forward.evaluating(self):
-            with seeds.forked(self.seed, "sample", iteration, self.global_rank):
+            draws = seeds.forked(self.seed, "sample", iteration, self.global_rank)
+            with draws, sharding.gathered(self.policy):
                 completions = self.sampler(self.policy, prompts.to(self.device))
             sampled = time.perf_counter()
             passes = token_passes(
@@ -273,16 +274,18 @@ class PPOModule(AlignModule):
     def ppo_losses(self, episodes: Rollout) -> Iterator[tuple[Tensor, Stats]]:
         """Clipped policy and value losses of a minibatch in micro-batches, divided by the whole minibatch's tokens."""
         count = distributed.total(episodes.mask.sum())
-        advantages = self._whitened(episodes, count) if self.ppo.whiten_advantages else episodes.advantages
-        for group in forward.micro_batches(episodes.completions.lengths, self.micro_batch_tokens):
-            part, mask = episodes.rows_at(group), episodes.mask[group]
+        if self.ppo.whiten_advantages:
+            episodes = replace(episodes, advantages=self._whitened(episodes, count))
+        groups = forward.micro_batches(episodes.completions.lengths, self.micro_batch_tokens)
+        for part in self.parts(episodes, groups):
+            mask = part.mask
             ids, scored = response_tokens(part.completions)
             logprobs = forward.by_response(
                 forward.token_logprobs(self.policy, ids, scored, self.sampler.temperature), mask
             )
             values = forward.by_response(forward.token_values(self.value, ids, scored), mask)
             policy_loss, policy_stats = losses.policy_loss(
-                logprobs, part.logprobs, advantages[group], mask, clip=self.ppo.clip, count=count
+                logprobs, part.logprobs, part.advantages, mask, clip=self.ppo.clip, count=count
             )
             value_loss, value_stats = self.value_loss(values, part, count)
             stats = {f"policy/{name}": value for name, value in policy_stats.items()}
@@ -309,7 +312,7 @@ class PPOModule(AlignModule):
     def pretraining_losses(self, text: Sequences) -> Iterator[tuple[Tensor, Stats]]:
         """γ times the mean cross-entropy of pretraining text, in micro-batches: the second line of Eq. 2."""
         count = distributed.total(text.mask.sum())
-        for part in (text.rows_at(index) for index in forward.micro_batches(text.lengths, self.micro_batch_tokens)):
+        for part in self.parts(text, forward.micro_batches(text.lengths, self.micro_batch_tokens)):
             ids, mask = forward.fitted(part.ids, part.lengths), forward.fitted(part.mask, part.lengths)
             logprobs = forward.token_logprobs(self.policy, ids, mask)
             loss = losses.cross_entropy(logprobs, torch.ones_like(logprobs, dtype=torch.bool), count)

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align import distributed
 from align.formulas import losses
-from align.models import forward
+from align.models import forward, sharding
 from align.models.heads import ScalarModel
 from align.modules.base import AlignModule, Stats
 from align.modules.ranking import RankingMetrics, better
@@ -73,8 +73,7 @@ class RewardModule(AlignModule):
         pairs = losses.preference_pairs(batch.scores, batch.prompt_index)
         prompts = distributed.total(losses.compared_prompts(pairs))
         count = distributed.total(torch.tensor(len(pairs.winner), device=self.device)).clamp_min(1)
-        for group in prompt_groups(batch.prompt_index, batch.lengths, self.micro_batch_tokens):
-            part = batch.rows_at(group)
+        for part in self.parts(batch, prompt_groups(batch.prompt_index, batch.lengths, self.micro_batch_tokens)):
             rewards = self.rewards(part.ids, part.lengths)
             own = losses.preference_pairs(part.scores, part.prompt_index)
             loss = losses.ranking_loss(rewards, own, self.pair_weights(own, prompts))
@@ -88,10 +87,8 @@ class RewardModule(AlignModule):
 
     def validation_step(self, batch: Comparisons, batch_idx: int) -> None:
         """Scores every completion."""
-        rewards = torch.zeros_like(batch.scores)
-        for group in forward.micro_batches(batch.lengths, self.micro_batch_tokens):
-            part = batch.rows_at(group)
-            rewards[group] = self.rewards(part.ids, part.lengths)
+        with sharding.gathered(self.model):
+            rewards = self.rewards_of_all(batch)
         self._validated.append((rewards, replace(batch, ids=batch.ids[:, :0])))
 
     def on_validation_epoch_end(self) -> None:
@@ -111,13 +108,13 @@ class RewardModule(AlignModule):
         Not at the end of training, which a run that is continued after its last step does not have.
         """
         batches = self.trainer.datamodule.demonstration_batches()  # type: ignore[attr-defined]
-        with self.precision(), forward.evaluating(self.model):
-            rewards = [self.demonstration_rewards(batch.to(self.device)) for batch in batches]
+        with self.precision(), forward.evaluating(self.model), sharding.gathered(self.model):
+            rewards = [self.rewards_of_all(batch.to(self.device)) for batch in batches]
         if rewards:
             self.model.bias += float(losses.reward_bias(torch.cat(rewards)))
 
-    def demonstration_rewards(self, batch: Sequences) -> Float[Tensor, " batch"]:
-        """The reward of each demonstration."""
+    def rewards_of_all(self, batch: Sequences | Comparisons) -> Float[Tensor, " batch"]:
+        """The reward of each sequence of a batch, computed in micro-batches."""
         rewards = torch.zeros(len(batch.ids), device=batch.ids.device)
         for group in forward.micro_batches(batch.lengths, self.micro_batch_tokens):
             part = batch.rows_at(group)

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align import distributed
 from align.formulas.losses import cross_entropy
-from align.models import forward
+from align.models import forward, sharding
 from align.modules.base import AlignModule, Stats
 from align.optim import Optim
 from align.types import Sequences
@@ -57,7 +57,7 @@ class SFTModule(AlignModule):
     def losses(self, batch: Sequences) -> Iterator[tuple[Tensor, Stats]]:
         """The batch's loss in micro-batches, each divided by the tokens of the whole batch."""
         count = distributed.total(batch.mask.sum())
-        for part in (batch.rows_at(index) for index in forward.micro_batches(batch.lengths, self.micro_batch_tokens)):
+        for part in self.parts(batch, forward.micro_batches(batch.lengths, self.micro_batch_tokens)):
             ids, mask = forward.fitted(part.ids, part.lengths), forward.fitted(part.mask, part.lengths)
             logprobs = forward.token_logprobs(self.model, ids, mask)
             loss = cross_entropy(logprobs, torch.ones_like(logprobs, dtype=torch.bool), count)
@@ -65,11 +65,13 @@ class SFTModule(AlignModule):
 
     def validation_step(self, batch: Sequences, batch_idx: int) -> None:
         """Counts loss and hits of every token marked for learning."""
-        for part in (batch.rows_at(index) for index in forward.micro_batches(batch.lengths, self.micro_batch_tokens)):
-            ids, mask = forward.fitted(part.ids, part.lengths), forward.fitted(part.mask, part.lengths)
-            logprobs, hits = forward.token_logprobs_and_hits(self.model, ids, mask)
-            self.valid_loss.update(-logprobs)
-            self.valid_accuracy.update(hits)
+        groups = forward.micro_batches(batch.lengths, self.micro_batch_tokens)
+        with sharding.gathered(self.model):
+            for part in (batch.rows_at(group) for group in groups):
+                ids, mask = forward.fitted(part.ids, part.lengths), forward.fitted(part.mask, part.lengths)
+                logprobs, hits = forward.token_logprobs_and_hits(self.model, ids, mask)
+                self.valid_loss.update(-logprobs)
+                self.valid_accuracy.update(hits)
 
     def on_validation_epoch_end(self) -> None:
         """Logs loss (nats a token), perplexity (its exponential) and the share of tokens that were the likeliest."""

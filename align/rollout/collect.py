@@ -4,14 +4,15 @@ Each is made in the micro-batches in which the update will see the same episodes
 first minibatch's ratio π/π_old is exactly 1 and the KL to an equal reference exactly 0.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.models import forward
+from align.models import forward, sharding
 from align.models.heads import ScalarModel
 from align.types import Completions, Record
 
@@ -58,29 +59,39 @@ def token_passes(
         micro_batch_tokens: See `AlignModule`.
     """
     mask = completions.mask
-    out = {name: torch.zeros(mask.shape, device=mask.device) for name in ("logp", "entropy", "ref", "value")}
-    for rows in torch.arange(len(mask)).split(minibatch):
-        for group in forward.micro_batches(completions.lengths[rows], micro_batch_tokens):
-            picked = rows[group]
-            ids, scored = response_tokens(completions.rows_at(picked))
-            logp, entropy = forward.token_logprobs_and_entropies(policy, ids, scored, temperature)
-            flat = {
-                "logp": logp,
-                "entropy": entropy,
-                "ref": forward.token_logprobs(reference, ids, scored, temperature),
-                "value": forward.token_values(value, ids, scored),
-            }
-            for name, values in flat.items():
-                out[name][picked] = forward.by_response(values, mask[picked])
-    return TokenPasses(out["logp"], out["entropy"], out["ref"], out["value"])
+    rows = torch.arange(len(mask)).split(minibatch)
+    groups = [
+        own[group] for own in rows for group in forward.micro_batches(completions.lengths[own], micro_batch_tokens)
+    ]
+
+    def over_all(model: nn.Module, function: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
+        """The function's values of every episode, laid out by response; a sharded model is gathered for as long."""
+        found: list[Tensor] = []
+        with sharding.gathered(model):
+            for picked in groups:
+                values = function(*response_tokens(completions.rows_at(picked)))
+                found = found or [torch.zeros(mask.shape, device=mask.device) for _ in values]
+                for out, flat in zip(found, values, strict=True):
+                    out[picked] = forward.by_response(flat, mask[picked])
+        return found
+
+    logprobs, entropies = over_all(
+        policy, lambda ids, scored: forward.token_logprobs_and_entropies(policy, ids, scored, temperature)
+    )
+    (ref_logprobs,) = over_all(
+        reference, lambda ids, scored: (forward.token_logprobs(reference, ids, scored, temperature),)
+    )
+    (values,) = over_all(value, lambda ids, scored: (forward.token_values(value, ids, scored),))
+    return TokenPasses(logprobs, entropies, ref_logprobs, values)
 
 
 def reward_scores(reward: ScalarModel, completions: Completions, micro_batch_tokens: int) -> Float[Tensor, " batch"]:
     """The reward model's score of each whole response, EOS included."""
     scores = torch.zeros(len(completions.ids), device=completions.ids.device)
-    for group in forward.micro_batches(completions.lengths, micro_batch_tokens):
-        part = completions.rows_at(group)
-        scores[group] = forward.final_scores(reward, forward.fitted(part.ids, part.lengths), part.lengths)
+    with sharding.gathered(reward):
+        for group in forward.micro_batches(completions.lengths, micro_batch_tokens):
+            part = completions.rows_at(group)
+            scores[group] = forward.final_scores(reward, forward.fitted(part.ids, part.lengths), part.lengths)
     return scores
 
 

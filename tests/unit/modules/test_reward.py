@@ -93,7 +93,7 @@ def test_after_training_demonstrations_average_zero(tmp_path: Path) -> None:
     trainer = tiny.fit(reward, split, tmp_path / "run")
     assert trainer.global_step == 3
     assert reward.model.bias != 0.0
-    means = torch.cat([reward.demonstration_rewards(part) for part in split.demonstration_batches()])
+    means = torch.cat([reward.rewards_of_all(part) for part in split.demonstration_batches()])
     assert len(means) == 9 and float(means.mean()) == pytest.approx(0.0, abs=1e-5)
     reward.export(tmp_path / "hf")
     again = AutoModelForSequenceClassification.from_pretrained(tmp_path / "hf")

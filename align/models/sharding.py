@@ -1,0 +1,115 @@
+"""Weights spread over ranks by FSDP2: which parts of a model travel together, and having a whole model for a while.
+
+A sharded model gathers each block just before it is computed and frees it after. That is a message among all ranks, so
+all must compute the same blocks equally often. Where they cannot (decoding, scoring rollouts of different lengths), the
+model is gathered before and freed after: `gathered`.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from align import distributed
+
+RUN = "align_run"
+"""The method of a sharded model that calls a function with its outer weights gathered."""
+
+
+def shard(
+    model: PreTrainedModel,
+    mesh: DeviceMesh,
+    *,
+    compute_dtype: torch.dtype | None = None,
+    reshard_after_forward: bool = True,
+    offload: bool = False,
+) -> None:
+    """Spreads a model's weights over the ranks of a mesh, block by block.
+
+    Args:
+        model: On every rank alike. Its weights become DTensors, sharded along their first axis.
+        mesh: With one axis.
+        compute_dtype: In which weights are gathered and computed with; None: their own. Gradients are summed in
+            float32.
+        reshard_after_forward: Frees each block after its forward pass; it is gathered again for the backward pass.
+        offload: Keeps shards, gradients and optimizer state in CPU memory.
+    """
+    policy: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()
+    # Inputs stay as they are: under autocast each operation chooses, as it does without sharding.
+    dtypes = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for part in (*blocks(model), model):
+        reshard = reshard_after_forward and part is not model  # what is outside the blocks is used first and last
+        fully_shard(part, mesh=mesh, mp_policy=dtypes, offload_policy=policy, reshard_after_forward=reshard)
+        assert isinstance(part, FSDPModule)
+        part.align_reshards = reshard  # type: ignore[attr-defined]
+        part.set_gradient_divide_factor(1.0)  # losses are divided by counts of all ranks, so gradients are summed
+        part.set_force_sum_reduction_for_comms(True)
+    setattr(model, RUN, MethodType(_call, model))
+    register_fsdp_forward_method(model, RUN)
+
+
+def blocks(model: PreTrainedModel) -> list[nn.Module]:
+    """The transformer blocks: the modules that transformers will not split over devices.
+
+    Raises:
+        ValueError: It has none.
+    """
+    names = set(model._no_split_modules or ())
+    found = [module for module in model.modules() if type(module).__name__ in names]
+    if not found:
+        raise ValueError(f"{type(model).__name__} does not say what its blocks are, so it cannot be sharded by FSDP")
+    return found
+
+
+def run(model: PreTrainedModel, function: Callable[..., Any], *arguments: Any) -> Any:
+    """`function(model, *arguments)`, with the weights outside the blocks there if the model is sharded."""
+    method = getattr(model, RUN, None)
+    return function(model, *arguments) if method is None else method(function, *arguments)
+
+
+def is_sharded(model: nn.Module) -> bool:
+    """Whether any of the module's weights are spread over ranks."""
+    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+@contextlib.contextmanager
+def gathered(*models: nn.Module) -> Iterator[None]:
+    """The whole models on every rank inside the block, for passes without gradients. All ranks must enter it."""
+    units = [module for model in models for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(unit.align_reshards, recurse=False)  # type: ignore[attr-defined]
+            unit.reshard()
+
+
+def whole_weights(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict with every tensor whole, in CPU memory: of the first rank, others get an empty one."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        one = distributed.whole_tensor(tensor)
+        if distributed.is_first():
+            found[name] = one.cpu()
+    return found
+
+
+def _call(model: PreTrainedModel, function: Callable[..., Any], *arguments: Any) -> Any:
+    return function(model, *arguments)
