@@ -80,6 +80,7 @@ UNHELPFUL_WARNINGS = (
     ".*module.*in eval mode at the start of training.*",  # frozen copies are meant to be
     ".*`isinstance.treespec, LeafSpec.` is deprecated.*",  # between Lightning and PyTorch
     ".*smaller than the logging interval.*",
+    ".*torch.distributed is disabled.*assuming the intent is to load in a single process.*",  # it is
     ".*recommended to use .self.log.*sync_dist=True.*",  # what is logged is the same on every rank already
     ".*Total length of `list` across ranks is zero.*",  # no validation data, as configured
     ".*You passed in a `val_dataloader` but have no `validation_step`.*",  # PPO: the data family always offers one

@@ -24,11 +24,14 @@ FINISHED = "finished.json"
 HARMLESS = ("run_dir", "overwrite", "resume", "loggers")
 """Keys that change nothing that is computed."""
 
+PROCESSES = ("devices", "num_nodes", "strategy")
+"""Arguments of the Trainer that change what is computed by rounding only."""
+
 HARMLESS_TRAINER = (
-    "devices", "num_nodes", "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler",
+    *PROCESSES, "enable_progress_bar", "enable_model_summary", "log_every_n_steps", "profiler",
     "detect_anomaly", "max_time", "enable_checkpointing", "num_sanity_val_steps",
 )  # fmt: skip
-"""Arguments of the Trainer that change nothing that is computed."""
+"""Arguments of the Trainer with which a run may go on that began with others."""
 
 HARMLESS_CALLBACKS = ("align.callbacks.checkpoint.", "align.callbacks.tables.", "lightning.pytorch.callbacks.")
 """How the targets of callbacks begin that only watch."""
@@ -95,7 +98,8 @@ def decide(config: DictConfig) -> Start:
     cli.put_back_earlier(folder)
     if config.get("overwrite") or config.get("resume") == "never" or not _holds_a_run(folder):
         return Start()
-    changed = differences(plain(OmegaConf.load(folder / "config.yaml")), plain(config))
+    began, now = plain(OmegaConf.load(folder / "config.yaml")), plain(config)
+    changed = differences(began, now)
     if changed and config.get("resume") != "force":
         raise ConfigError(
             [
@@ -108,7 +112,7 @@ def decide(config: DictConfig) -> Start:
         step = json.loads((folder / FINISHED).read_text(encoding="utf-8"))["step"]
         return Start(continues=True, step=step, finished=True)
     checkpoint, damaged = checkpoints.newest_good(folder / checkpoints.FOLDER)
-    notes = [*(f"changed: {line}" for line in changed), *checkpoints.described(damaged)]
+    notes = [*(f"changed: {line}" for line in changed), *_other_processes(began, now), *checkpoints.described(damaged)]
     if checkpoint is None and damaged:
         raise ConfigError([f"run_dir: {folder} has no whole checkpoint; overwrite=true begins anew", *notes])
     _tidy(folder, checkpoint, damaged)
@@ -132,6 +136,17 @@ def differences(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         f"{key}: {_shown(old, key)} when the run began, {_shown(now, key)} now"
         for key in sorted({*old, *now})
         if old.get(key, _NOTHING) != now.get(key, _NOTHING) and key not in paths
+    ]
+
+
+def _other_processes(saved: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs in how many processes share the work, and what that means."""
+    old, now = ({key: (config.get("trainer") or {}).get(key) for key in PROCESSES} for config in (saved, new))
+    return [
+        f"trainer.{key}: {schema.described(old[key])} when the run began, {schema.described(now[key])} now; this "
+        "changes results by rounding"
+        for key in PROCESSES
+        if old[key] != now[key]
     ]
 
 

@@ -14,16 +14,17 @@ import torch
 from safetensors.torch import load_file
 
 from align import checkpoints, fit, interrupt
-from tools import crash_test
+from tools import crash_runs
 
 KINDS = ("sft", "reward", "ppo-ptx")
+SHARDED = "{_target_: align.strategy.FSDP}"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and text; 161 demonstrations, so that the last batch has a single one."""
     folder = tmp_path_factory.mktemp("world")
-    crash_test.prepare(folder)
+    crash_runs.prepare(folder)
     rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
     (folder / "rows.jsonl").write_text("".join([*rows, rows[0]]))
     return folder
@@ -33,7 +34,7 @@ def command(kind: str, world: Path, run: Path, *overrides: str) -> list[str]:
     """A run that keeps all its checkpoints; without dropout, whose draws depend on the number of processes."""
     own = ["module.model.dropout=0", "data.mix=null", "data.mix_fraction=0"] if kind == "sft" else []
     keep = ["callbacks.checkpoints.keep=99", "overwrite=false"]
-    return [*crash_test.arguments(kind, world, 0), *own, *keep, f"run_dir={run}", *overrides]
+    return [*crash_runs.arguments(kind, world, 0), *own, *keep, f"run_dir={run}", *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def assert_same(run: Path, other: Path) -> None:
         torch.testing.assert_close(
             own[name], theirs[name], rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
         )
-    rows = [crash_test.metrics(folder) for folder in (run, other)]
+    rows = [crash_runs.metrics(folder) for folder in (run, other)]
     assert len(rows[0]) == len(rows[1])
     for one, two in zip(*rows, strict=True):
         assert one.keys() == two.keys()
@@ -66,9 +67,13 @@ def assert_same(run: Path, other: Path) -> None:
                 assert float(value) == pytest.approx(float(two[name]), rel=1e-3, abs=2e-5), (one["step"], name)
 
 
+@pytest.mark.parametrize("strategy", ["auto", SHARDED])
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_train_what_one_trains(world: Path, alone: dict[str, Path], kind: str, tmp_path: Path) -> None:
-    assert fit.main(command(kind, world, tmp_path / "run", "trainer.devices=2")) == 0
+def test_two_processes_train_what_one_trains(
+    world: Path, alone: dict[str, Path], kind: str, strategy: str, tmp_path: Path
+) -> None:
+    words = command(kind, world, tmp_path / "run", "trainer.devices=2", f"trainer.strategy={strategy}")
+    assert fit.main(words) == 0
     assert_same(tmp_path / "run", alone[kind])
 
 
@@ -83,10 +88,12 @@ def go_back(run: Path, step: int) -> None:
 def test_a_run_goes_on_with_another_number_of_processes(world: Path, alone: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(alone["ppo-ptx"], run)
-    for step, processes in ((2, 2), (6, 1)):  # both in the middle of a rollout
+    # Each time from a checkpoint in the middle of a rollout that the way before has saved: alone, DDP, FSDP, alone.
+    for step, processes, strategy in ((2, 2, "auto"), (6, 2, SHARDED), (10, 1, "auto")):
         go_back(run, step)
         assert checkpoints.step_of(checkpoints.found(run / "checkpoints")[0]) == step
-        assert fit.main(command("ppo-ptx", world, run, f"trainer.devices={processes}")) == 0
+        words = command("ppo-ptx", world, run, f"trainer.devices={processes}", f"trainer.strategy={strategy}")
+        assert fit.main(words) == 0
         assert_same(run, alone["ppo-ptx"])
 
 

@@ -17,7 +17,7 @@ from align.callbacks.checkpoint import Checkpoints
 from align.modules.ppo import PPOModule
 from align.modules.sft import SFTModule
 from align.types import Completions
-from tools import crash_test
+from tools import crash_runs, crash_test
 
 Command = list[str]
 
@@ -26,7 +26,7 @@ Command = list[str]
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model and text."""
     folder = tmp_path_factory.mktemp("world")
-    crash_test.prepare(folder)
+    crash_runs.prepare(folder)
     return folder
 
 
@@ -47,12 +47,12 @@ def stopped(world: Path, tmp_path: Path) -> Path:
 
 def sft(world: Path, run: Path, *more: str) -> Command:
     """The command of a small SFT run."""
-    return [*crash_test.arguments("sft", world, 0), f"run_dir={run}", *more]
+    return [*crash_runs.arguments("sft", world, 0), f"run_dir={run}", *more]
 
 
 def ppo(world: Path, run: Path, *more: str) -> Command:
     """The command of a small PPO-ptx run."""
-    return [*crash_test.arguments("ppo-ptx", world, 0), f"run_dir={run}", *more]
+    return [*crash_runs.arguments("ppo-ptx", world, 0), f"run_dir={run}", *more]
 
 
 class stop_at:
@@ -100,7 +100,7 @@ def test_a_signal_in_the_middle_of_a_step_loses_only_that_step(
     assert not (run / "hf").exists() and not (run / "finished.json").exists()
     assert fit.main(sft(world, run)) == 0
     assert "continues from step 7" in capsys.readouterr().out
-    assert crash_test.differences(run, unbroken) == []
+    assert crash_runs.differences(run, unbroken) == []
 
 
 def test_a_finished_run_says_so_and_is_not_touched(
@@ -135,7 +135,7 @@ def test_harmless_changes_pass(world: Path, unbroken: Path, stopped: Path, tmp_p
     moved = shutil.copy(world / "rows.jsonl", tmp_path / "moved.jsonl")
     harmless = ["callbacks.checkpoints.every_steps=4", "trainer.enable_progress_bar=false", f"data.train={moved}"]
     assert fit.main(sft(world, stopped, *harmless)) == 0
-    assert crash_test.differences(stopped, unbroken) == []
+    assert crash_runs.differences(stopped, unbroken) == []
 
 
 # Faults.
@@ -169,7 +169,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(
     assert fit.main(sft(world, stopped)) == 0
     printed = capsys.readouterr().out
     assert f"step-000000007: not used, {reason}" in printed and "continues from step 6" in printed
-    assert crash_test.differences(stopped, unbroken) == []
+    assert crash_runs.differences(stopped, unbroken) == []
 
 
 def test_without_any_whole_checkpoint_nothing_is_begun(
@@ -189,7 +189,7 @@ def test_a_run_stopped_before_its_first_checkpoint_begins_again(
     shutil.rmtree(stopped / "checkpoints")
     assert fit.main(sft(world, stopped)) == 0
     assert "was stopped before its first checkpoint, begins again" in capsys.readouterr().out
-    assert crash_test.differences(stopped, unbroken) == []
+    assert crash_runs.differences(stopped, unbroken) == []
 
 
 def test_a_checkpoint_of_another_model_is_refused(
@@ -258,7 +258,7 @@ def test_a_full_disk_and_a_read_only_one_keep_the_last_checkpoint(
         assert good is not None and damaged == []
         subprocess.run(["mount", "-o", "remount,size=30m", disk], check=True)
         assert fit.main(command) == 0
-        assert crash_test.differences(run, unbroken) == []
+        assert crash_runs.differences(run, unbroken) == []
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         assert "cannot be" in complaint(capsys, sft(world, disk / "new"))
         assert checkpoints.verify(newest(run)) is None
@@ -304,7 +304,7 @@ def test_a_scorer_that_is_down_costs_no_training(world: Path, tmp_path: Path) ->
         fit.main(ppo(world, tmp_path / "run", *command))
     (tmp_path / "up").touch()
     assert fit.main(ppo(world, tmp_path / "run", *command)) == 0
-    assert crash_test.differences(tmp_path / "run", tmp_path / "unbroken") == []
+    assert crash_runs.differences(tmp_path / "run", tmp_path / "unbroken") == []
 
 
 def test_wandb_goes_on_with_the_same_run(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,12 +347,16 @@ def test_a_manifest_names_sizes_and_checksums(unbroken: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "workers", "optimizer", "processes"),
+    ("kind", "workers", "optimizer", "processes", "sharded"),
     [
-        ("sft", 2, "adamw", 1), ("reward", 0, "adamw", 1), ("ppo", 0, "adamw8bit", 1), ("ppo-ptx", 0, "adamw", 1),
-        ("sft", 0, "adamw", 2), ("reward", 0, "adamw", 2), ("ppo-ptx", 0, "adamw", 2),
+        ("sft", 2, "adamw", 1, False), ("reward", 0, "adamw", 1, False), ("ppo", 0, "adamw8bit", 1, False),
+        ("ppo-ptx", 0, "adamw", 1, False), ("sft", 0, "adamw", 2, True), ("reward", 0, "adamw", 2, False),
+        ("ppo-ptx", 0, "adamw", 2, True),
     ],
 )  # fmt: skip
-def test_a_few_kills_change_no_bit(world: Path, kind: str, workers: int, optimizer: str, processes: int) -> None:
-    result = crash_test.crash(crash_test.Variant(kind, workers, optimizer, processes), world, 3, seed=1)
+def test_a_few_kills_change_no_bit(
+    world: Path, kind: str, workers: int, optimizer: str, processes: int, sharded: bool
+) -> None:
+    variant = crash_test.Variant(kind, workers, optimizer, processes, sharded)
+    result = crash_test.crash(variant, world, 3, seed=1)
     assert sum(result.kills.values()) == 3 and result.different == []
