@@ -97,7 +97,7 @@ def differences(run: Path, reference: Path) -> list[str]:
     if None in states:
         found.append("no last checkpoint")
     else:
-        loaded = [torch.load(state / checkpoints.STATE, weights_only=True) for state in states if state is not None]
+        loaded = [checkpoints.read(state) for state in states if state is not None]
         found += [f"checkpoint: {place}" for place in _unequal(*loaded)]
     if metrics(run) != metrics(reference):
         found.append("metrics.csv")

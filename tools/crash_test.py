@@ -116,7 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the moments (default: 0)")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
-    console = Console()
+    console = Console(width=120)
     begun = time.monotonic()
     table = Table("run", "runs ended", "kills", *PHASES, "differences")
     failed = False
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             table.add_row(
                 result.kind, str(result.runs), str(sum(result.kills.values())), *kills, str(len(result.different))
             )
-    console.print(table, width=max(console.width, 120))
+    console.print(table)
     console.print(f"{time.monotonic() - begun:.0f} s")
     return int(failed)
 

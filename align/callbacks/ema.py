@@ -44,10 +44,7 @@ class EMA(L.Callback):
             raise ValueError(f"every: got iteration, but {type(pl_module).__name__} has no rollouts; expected step")
         weights = _weights(pl_module)
         self.average = {name: weight.clone() for name, weight in weights.items()}
-        for name, saved in self._saved.items():
-            distributed.own_part(self.average[name]).copy_(
-                distributed.own_part(distributed.sharded_like(saved, weights[name]))
-            )
+        self._take_saved()
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -70,8 +67,15 @@ class EMA(L.Callback):
         return {"average": self.average}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until the models exist."""
+        """Takes the average over: when the models exist, or at once where they do, as they are sharded."""
         self._saved = state_dict["average"]
+        if self.average:
+            self._take_saved()
+
+    def _take_saved(self) -> None:
+        for name, saved in self._saved.items():
+            mine = self.average[name]
+            distributed.own_part(mine).copy_(distributed.own_part(distributed.sharded_like(saved, mine)))
 
 
 def _weights(module: L.LightningModule) -> dict[str, Tensor]:
