@@ -6,11 +6,13 @@ Betas default to InstructGPT's (0.9, 0.95, appendix C); the paper leaves epsilon
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import cos, pi
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
+
+from align.blockwise import Blockwise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,8 +21,8 @@ class Optim:
 
     Attributes:
         lr: Peak learning rate.
-        name: "adamw", or "adamw8bit": bitsandbytes' AdamW, whose two moments take a byte each (of tensors with fewer
-            than 4,096 numbers, four).
+        name: "adamw", PyTorch's; "lion"; or "adamw8bit" and "lion8bit", whose moments take a byte a number. Embeddings
+            and vectors keep 32 bits, as do small matrices (`align.blockwise`).
         betas: Decay of the first and second moment.
         epsilon: Added after the bias correction, as PyTorch does.
         weight_decay: Decoupled; of matrices only.
@@ -33,7 +35,7 @@ class Optim:
     """
 
     lr: float
-    name: Literal["adamw", "adamw8bit"] = "adamw"
+    name: Literal["adamw", "adamw8bit", "lion", "lion8bit"] = "adamw"
     betas: Sequence[float] = (0.9, 0.95)
     epsilon: float = 1e-5
     weight_decay: float = 0.0
@@ -92,12 +94,30 @@ class Optim:
             groups.append({"params": matrices, "lr": lr, "weight_decay": self.weight_decay, "name": name})
             if vectors:
                 groups.append({"params": vectors, "lr": lr, "weight_decay": 0.0, "name": name})
+            if self.name.endswith("8bit"):
+                groups += _embeddings_apart(groups[-2:] if vectors else groups[-1:], network)
         first, second = self.betas
         optimizer: torch.optim.Optimizer
-        if self.name == "adamw8bit":
-            from bitsandbytes.optim.adamw import AdamW8bit  # takes a second, and says what it does not find
-
-            optimizer = AdamW8bit(groups, lr=self.lr, betas=(first, second), eps=self.epsilon)
-        else:
+        if self.name == "adamw":
             optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(first, second), eps=self.epsilon, fused=True)
+        else:
+            rule = "lion" if self.name.startswith("lion") else "adamw"
+            bits = 8 if self.name.endswith("8bit") else 32
+            groups = [{"bits": bits, **group} for group in groups]
+            optimizer = Blockwise(groups, rule=rule, lr=self.lr, betas=(first, second), eps=self.epsilon)
         return optimizer, LambdaLR(optimizer, lambda step: self.fraction(step, steps))
+
+
+def _embeddings_apart(groups: list[dict[str, Any]], network: nn.Module) -> list[dict[str, Any]]:
+    """Takes the embeddings out of groups, into groups of 32 bits: rare tokens move by few, large gradients.
+
+    See "8-bit optimizers" in the documentation of bitsandbytes, on the stable embedding layer.
+    """
+    embeddings = {p for module in network.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    apart = []
+    for group in groups:
+        own = [parameter for parameter in group["params"] if parameter in embeddings]
+        group["params"] = [parameter for parameter in group["params"] if parameter not in embeddings]
+        if own:
+            apart.append({**group, "params": own, "bits": 32})
+    return apart

@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -27,6 +28,7 @@ import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from rich.table import Table
+from tqdm import tqdm
 
 from align import fit, interrupt, launch
 from align.checkpoints import VerifiedCheckpointIO
@@ -235,6 +237,7 @@ def _train(command: list[str], shared: mmap.mmap, rank: int) -> None:
         with open(world_of(command) / "log.txt", "a" if rank else "w", encoding="utf-8") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+            tqdm.set_lock(threading.RLock())  # tqdm's own is shared by forked processes: a killed one would keep it
             faulthandler.dump_traceback_later(GIVE_UP - 5.0, file=log)  # where it hangs
             if rank == 0:
                 _noted(PPOModule, "collect", "rollout", shared)

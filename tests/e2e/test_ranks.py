@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align import checkpoints, fit, interrupt
+from align import checkpoints, fit, interrupt, launch
 from tools import crash_runs
 
 KINDS = ("sft", "reward", "ppo-ptx")
@@ -156,3 +156,17 @@ def test_a_mistake_that_all_ranks_find_is_told_once(
     assert fit.main(words) == 2
     assert capfd.readouterr().err.count("no usable example") == 1
     assert not (tmp_path / "run").exists()
+
+
+def test_eight_bit_state_has_the_same_bits_on_any_number_of_ranks(tmp_path: Path) -> None:
+    found = []
+    for processes in (1, 2, 4):
+        out = tmp_path / f"{processes}.pt"
+        script = Path(__file__).with_name("eight_bit_ranks.py")
+        assert launch.run([sys.executable, str(script), str(out)], processes) == 0
+        found.append(torch.load(out, weights_only=True))
+    assert found[0]["one.state1"].dtype == torch.uint8 and found[0]["one.state1"].any()
+    assert found[0]["small.state1"].dtype == torch.float32
+    for other in found[1:]:
+        assert other.keys() == found[0].keys()
+        assert all(torch.equal(other[name], found[0][name]) for name in other)

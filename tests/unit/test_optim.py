@@ -1,5 +1,7 @@
 """The optimizers that a configuration can name."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -34,7 +36,7 @@ def test_eight_bit_state_comes_back_from_a_checkpoint() -> None:
     layer, optimizer = trained("adamw8bit")
     again, other = trained("adamw8bit", steps=1)
     again.load_state_dict(layer.state_dict())
-    other.load_state_dict(optimizer.state_dict())
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))  # as a file would hold it
     for mine, theirs in ((layer, optimizer), (again, other)):
         for parameter in mine.parameters():
             parameter.grad = torch.ones_like(parameter)
