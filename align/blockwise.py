@@ -148,6 +148,9 @@ def _zeros(parameter: nn.Parameter, shape: tuple[int, int], dtype: torch.dtype) 
 
 
 def _filled(tensor: Float[Tensor, "rows *_"], columns: int) -> Float[Tensor, "rows columns"]:
-    """Rows filled up with zeros, whose state stays next to 0 and never decides a scale; without a copy where there is nothing to fill."""
+    """Rows filled up with zeros, whose state stays next to 0 and never decides a scale.
+
+    Without a copy where there is nothing to fill.
+    """
     flat = tensor.reshape(len(tensor), -1)
     return nn.functional.pad(flat, (0, columns - flat.shape[1])) if flat.shape[1] < columns else flat.contiguous()

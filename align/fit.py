@@ -27,7 +27,8 @@ from align.checkpoints import VerifiedCheckpointIO
 from align.config import AUTO, FIT_KEYS, STRATEGIES, ConfigError, check, plain, read
 from align.data.base import AlignData
 from align.interrupt import Interrupted
-from align.models import sharding
+from align.models import deferred, sharding
+from align.schema import TARGET
 from align.strategy import DDP
 
 PROG = "python -m align.fit"
@@ -148,7 +149,8 @@ def _train(config: DictConfig, start: resume.Start) -> int:
     run_dir = Path(config.run_dir)
     with _folder(config, start) as begins:
         seed_everything(config.seed, workers=True, verbose=False)
-        data, module = build_parts(config)
+        with deferred.weights() if _shards(config) else contextlib.nullcontext():
+            data, module = build_parts(config)
         if config.get("resume") == "force" and isinstance(data, AlignData):
             data.may_change = True
         with loggers.opened(
@@ -173,6 +175,12 @@ def _folder(config: DictConfig, start: resume.Start) -> Iterator[Callback]:
         return
     with cli.RunFolder(config, continues=start.continues) as folder:
         yield _Begins(folder)
+
+
+def _shards(config: DictConfig) -> bool:
+    """Whether the strategy shards weights, so that nobody needs them whole."""
+    strategy = config.trainer.get("strategy")
+    return isinstance(strategy, DictConfig) and strategy.get(TARGET) == "align.strategy.FSDP"
 
 
 def build_parts(config: DictConfig) -> tuple[LightningDataModule, LightningModule]:

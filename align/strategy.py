@@ -63,6 +63,7 @@ class FSDP(ModelParallelStrategy):
             sharding.shard(
                 model,
                 self.device_mesh["data_parallel"],
+                device=self.root_device,
                 compute_dtype=compute_dtype,
                 reshard_after_forward=self.reshard_after_forward,
                 offload=self.cpu_offload,

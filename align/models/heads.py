@@ -8,7 +8,8 @@ classifiers have no bias term of their own; transformers ignores it, which shift
 import math
 
 import torch
-from torch import nn
+from jaxtyping import Float
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -39,10 +40,15 @@ class ScalarModel(nn.Module):
         self.hf.config.reward_bias = float(value)
 
 
-def initialise_head(head: nn.Linear, generator: torch.Generator) -> None:
-    """Weights from N(0, 1/(d+1)), bias 0 (lm-human-preferences; N+ Implementation Details, RM-2)."""
+def initialise_head(head: nn.Linear, generator: torch.Generator) -> Float[Tensor, "one d"]:
+    """Weights from N(0, 1/(d+1)), bias 0 (lm-human-preferences; N+ Implementation Details, RM-2).
+
+    Returns:
+        The weights, for a head that is made without.
+    """
     drawn = torch.randn(head.weight.shape, generator=generator) / math.sqrt(head.in_features + 1)
     with torch.no_grad():
         head.weight.copy_(drawn)
         if head.bias is not None:
             head.bias.zero_()
+    return drawn

@@ -26,7 +26,7 @@ from transformers.utils import logging as hf_logging
 
 from align import distributed, seeds
 from align.atomic import folder_written_whole
-from align.models import sharding
+from align.models import deferred, sharding
 from align.models.attention import use_attend
 from align.models.heads import ScalarModel, initialise_head
 from align.paths import ModelPath
@@ -104,7 +104,9 @@ def load_scalar_model(
     config.num_labels = 1
     model = _from_pretrained(AutoModelForSequenceClassification, path, config=config, dtype=getattr(torch, dtype))
     if not trained:
-        initialise_head(ScalarModel(model).head, seeds.generator(seed, "head"))
+        drawn = initialise_head(ScalarModel(model).head, seeds.generator(seed, "head"))
+        if (source := deferred.source_of(model)) is not None:
+            source.made["score.weight"] = drawn
     return ScalarModel(_ready(model, gradient_checkpointing))
 
 
@@ -177,8 +179,10 @@ def _config_without_dropout(path: str) -> PretrainedConfig:
 
 
 def _from_pretrained(factory: Any, path: str, **arguments: Any) -> PreTrainedModel:
-    with _quiet():
-        model = factory.from_pretrained(path, **arguments)
+    model = deferred.make(factory, path, **arguments) if deferred.wanted() else None
+    if model is None:
+        with _quiet():
+            model = factory.from_pretrained(path, **arguments)
     use_attend(model)
     return model
 

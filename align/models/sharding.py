@@ -25,6 +25,7 @@ from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from align import distributed
+from align.models import deferred
 
 RUN = "align_run"
 """The method of a sharded model that calls a function with its outer weights gathered."""
@@ -34,6 +35,7 @@ def shard(
     model: PreTrainedModel,
     mesh: DeviceMesh,
     *,
+    device: torch.device,
     compute_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
     offload: bool = False,
@@ -43,6 +45,7 @@ def shard(
     Args:
         model: On every rank alike. Its weights become DTensors, sharded along their first axis.
         mesh: With one axis.
+        device: Where this rank computes.
         compute_dtype: In which weights are gathered and computed with; None: their own. Gradients are summed in
             float32.
         reshard_after_forward: Frees each block after its forward pass; it is gathered again for the backward pass.
@@ -58,6 +61,7 @@ def shard(
         part.align_reshards = reshard  # type: ignore[attr-defined]
         part.set_gradient_divide_factor(1.0)  # losses are divided by counts of all ranks, so gradients are summed
         part.set_force_sum_reduction_for_comms(True)
+    deferred.fill(model, torch.device("cpu") if offload else device)
     setattr(model, RUN, MethodType(_call, model))
     register_fsdp_forward_method(model, RUN)
 

@@ -1,0 +1,139 @@
+"""Models made without their weights, which are read later: only the rows that a rank keeps, or one tensor at a time.
+
+So a model that is sharded never exists whole on any rank. Where a folder's files do not hold the model's tensors under
+their own names (other formats than safetensors, weights that transformers converts), it is loaded whole as ever.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import GenerationConfig, PreTrainedModel
+
+from align import distributed
+
+ATTRIBUTE = "align_source"
+"""Of a model without weights: where they are."""
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class _State:
+    wanted = False
+
+
+@contextlib.contextmanager
+def weights() -> Iterator[None]:
+    """Models loaded inside the block are made without weights where that is possible."""
+    before, _State.wanted = _State.wanted, True
+    try:
+        yield
+    finally:
+        _State.wanted = before
+
+
+def wanted() -> bool:
+    """Whether models shall be made without weights."""
+    return _State.wanted
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights of a model are.
+
+    Attributes:
+        files: Tensor name -> file.
+        made: Tensors that no file has, by name.
+    """
+
+    files: dict[str, Path]
+    made: dict[str, Tensor] = field(default_factory=dict)
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Some rows of a tensor, without reading the others."""
+        if name in self.made:
+            return self.made[name][start:stop]
+        with safe_open(self.files[name], framework="pt") as file:
+            return file.get_slice(name)[start:stop]
+
+
+def make(factory: Any, path: str, **arguments: Any) -> PreTrainedModel | None:
+    """A model of the factory's `from_config`, on the meta device but for its buffers; None where it must be whole.
+
+    Args:
+        factory: One of transformers' Auto classes.
+        path: Folder or hub name.
+        arguments: `config`, `dtype`.
+    """
+    files = _tensor_files(path)
+    with _parameters_on_meta():
+        model = factory.from_config(**arguments)
+    missing = {name for name, _ in model.named_parameters()} - files.keys() - {"score.weight"}
+    if missing:
+        return None
+    with contextlib.suppress(OSError):  # many models have none
+        model.generation_config = GenerationConfig.from_pretrained(path)
+    setattr(model, ATTRIBUTE, Source(files))
+    return model
+
+
+def source_of(model: PreTrainedModel) -> Source | None:
+    """Where the weights of a model are; None: it has them."""
+    return getattr(model, ATTRIBUTE, None)
+
+
+@torch.no_grad()
+def fill(model: PreTrainedModel, device: torch.device) -> None:
+    """Reads this rank's rows of every sharded weight of a model that was made without."""
+    source = source_of(model)
+    if source is None:
+        return
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device=device)
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        own = distributed.own_part(parameter)
+        per_rank = -(-parameter.shape[0] // distributed.world_size())
+        start = min(distributed.rank() * per_rank, parameter.shape[0])
+        own.copy_(source.rows(name, start, start + len(own)))
+    delattr(model, ATTRIBUTE)
+
+
+def _tensor_files(path: str) -> dict[str, Path]:
+    """Tensor name -> safetensors file; empty where there are none."""
+    folder = Path(path)
+    if not folder.is_dir():
+        folder = Path(snapshot_download(path, allow_patterns=["*.safetensors", INDEX]))
+    if (folder / INDEX).exists():
+        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        return {name: folder / file for name, file in names.items()}
+    if not (folder / SINGLE).exists():
+        return {}
+    with safe_open(folder / SINGLE, framework="pt") as file:
+        return dict.fromkeys(file.keys(), folder / SINGLE)
+
+
+@contextlib.contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Parameters made inside the block have no storage. Buffers do: nobody could say what was in them."""
+    original = nn.Module.register_parameter
+
+    def register(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        original(module, name, parameter)
+        if parameter is not None and not parameter.is_meta:
+            module._parameters[name] = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+
+    nn.Module.register_parameter = register  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = original  # type: ignore[method-assign]
