@@ -7,7 +7,7 @@ Lightning's and the modules' business.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,6 +97,28 @@ def read(folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
     if shards:
         state_dict_loader.load(shards, checkpoint_id=folder / SHARDS, no_dist=mesh is None)
     return tree
+
+
+def open_weights(folder: Path) -> tuple[dict[str, Any], Callable[[list[str]], dict[str, Tensor]]]:
+    """The module's weights in a checkpoint, to be read some at a time.
+
+    Args:
+        folder: Of the checkpoint.
+
+    Returns:
+        By name, tensors that take no memory before they are read, or notes of sharded ones; and a function that reads
+        those of some names.
+    """
+    entries = torch.load(folder / STATE, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+
+    def load(names: list[str]) -> dict[str, Tensor]:
+        shards: dict[str, Tensor] = {}
+        found = {name: _put_back(entries[name], shards, None) for name in names}
+        if shards:
+            state_dict_loader.load(shards, checkpoint_id=folder / SHARDS, no_dist=True)
+        return found
+
+    return entries, load
 
 
 def step_folder(folder: Path, step: int) -> Path:

@@ -50,15 +50,25 @@ def run(
         to stderr.
     """
     config, overrides = parse(argv, prog=prog, description=description, epilog=epilog)
+    return guarded(lambda: body(config, overrides), f"{prog} {config}")
+
+
+def guarded(body: Callable[[], int | None], what: str) -> int:
+    """Calls a command's body; a user's mistake or a failure of the machine is printed and becomes an exit code.
+
+    Args:
+        body: See `run`.
+        what: The command, for the message.
+    """
     try:
-        return body(config, overrides) or 0
+        return body() or 0
     except RunError as error:
-        _print_mistake(prog, config, error)
+        _print_mistake(what, error)
         return 1
     except (ValueError, FileNotFoundError, MisconfigurationException) as error:
         if not is_users_mistake(error):
             raise
-        _print_mistake(prog, config, error)
+        _print_mistake(what, error)
         return MISTAKE
 
 
@@ -188,12 +198,12 @@ def is_run(folder: Path) -> bool:
         return lines.readline().startswith(MARK)
 
 
-def _print_mistake(prog: str, config: str, error: Exception) -> None:
+def _print_mistake(what: str, error: Exception) -> None:
     if not distributed.is_first():  # which has most likely found the same, and is about to take this process with it
         time.sleep(2.0)
     messages = error.errors if isinstance(error, ConfigError) else [str(error)]
     count = "1 error" if len(messages) == 1 else f"{len(messages)} errors"
-    lines = [f"{prog} {config}: {count}", *("  - " + text.replace("\n", "\n    ") for text in messages)]
+    lines = [f"{what}: {count}", *("  - " + text.replace("\n", "\n    ") for text in messages)]
     print("\n".join(lines), file=sys.stderr)
 
 

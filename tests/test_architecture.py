@@ -30,7 +30,7 @@ LAYERS = (
     ("modules",),
     ("callbacks", "strategy"),
     ("schema", "inputs", "overrides", "loggers", "config", "build", "cli", "precision", "launch"),
-    ("measure", "tables", "resume", "fit", "sample", "evaluate"),
+    ("measure", "tables", "resume", "fit", "sample", "evaluate", "export"),
 )
 """Files and packages of align, the lowest first. Each may import what stands in its own layer and below."""
 

@@ -7,12 +7,14 @@ first PPO ratio is not 1 and the KL to the reference is noise (The N Implementat
 
 import contextlib
 import hashlib
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
-from torch import nn
+from safetensors.torch import save_file
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,6 +30,7 @@ from align import distributed, seeds
 from align.atomic import folder_written_whole
 from align.models import deferred, sharding
 from align.models.attention import use_attend
+from align.models.deferred import SINGLE
 from align.models.heads import ScalarModel, initialise_head
 from align.paths import ModelPath
 
@@ -140,6 +143,52 @@ def save_model(model: PreTrainedModel | ScalarModel, tokenizer: PreTrainedTokeni
     with folder_written_whole(folder) as fresh, _quiet():
         inner.save_pretrained(fresh, state_dict=whole)
         tokenizer.save_pretrained(fresh)
+
+
+def write_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tensors: Callable[[list[str]], dict[str, Tensor]],
+    folder: Path,
+    *,
+    file_bytes: int = 5 * 10**9,
+    advance: Callable[[int], None] = lambda count: None,
+) -> None:
+    """Writes a Hugging Face folder of a model that has no weights, some tensors at a time.
+
+    Args:
+        model: Made inside `deferred.weights()`, for its names and shapes.
+        tokenizer: Goes into the folder.
+        tensors: Names in the model -> their values.
+        folder: Empty.
+        file_bytes: The most in one file, and in memory, unless a single tensor is larger.
+        advance: Called with the number of weights written.
+    """
+    own = sharding.tensors_once(model)
+    files: list[list[str]] = []
+    size = file_bytes + 1
+    for name, tensor in own.items():
+        if size + tensor.nbytes > file_bytes:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += tensor.nbytes
+    places = {}
+    for number, names in enumerate(files, start=1):
+        file = SINGLE if len(files) == 1 else f"model-{number:05d}-of-{len(files):05d}.safetensors"
+        values = {name: value.contiguous() for name, value in tensors(names).items()}
+        save_file(values, folder / file, metadata={"format": "pt"})
+        places |= dict.fromkeys(names, file)
+        advance(sum(value.numel() for value in values.values()))
+    if len(files) > 1:
+        total = sum(own[name].nbytes for name in places)
+        index = {"metadata": {"total_size": total}, "weight_map": places}
+        (folder / deferred.INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    if model.can_generate() and model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 AnyModel = TypeVar("AnyModel", bound=nn.Module)

@@ -108,11 +108,17 @@ def gathered(*models: nn.Module) -> Iterator[None]:
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
     """The state dict with every tensor whole, in CPU memory: of the first rank, others get an empty one."""
     found: dict[str, Tensor] = {}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors_once(model).items():
         one = distributed.whole_tensor(tensor)
         if distributed.is_first():
             found[name] = one.cpu()
     return found
+
+
+def tensors_once(model: nn.Module) -> dict[str, Tensor]:
+    """The state dict without the further names of tensors that are tied: they are written under their first."""
+    names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in names}
 
 
 def _call(model: PreTrainedModel, function: Callable[..., Any], *arguments: Any) -> Any:

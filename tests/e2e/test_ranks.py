@@ -1,5 +1,7 @@
 """Several processes train what one trains, go on where another number of them stopped, and end together."""
 
+import functools
+import json
 import os
 import shutil
 import signal
@@ -13,7 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align import checkpoints, fit, interrupt, launch
+from align import checkpoints, export, fit, interrupt, launch
+from align.models.load import load_causal_lm, write_model
 from tools import crash_runs
 
 KINDS = ("sft", "reward", "ppo-ptx")
@@ -67,14 +70,71 @@ def assert_same(run: Path, other: Path) -> None:
                 assert float(value) == pytest.approx(float(two[name]), rel=1e-3, abs=2e-5), (one["step"], name)
 
 
-@pytest.mark.parametrize("strategy", ["auto", SHARDED])
+@pytest.fixture(scope="module")
+def sharded(world: Path) -> dict[str, Path]:
+    """Each kind of run on two processes that share the weights; micro-batches so small that their numbers differ."""
+    runs = {kind: world / f"{kind}-sharded" for kind in KINDS}
+    for kind, run in runs.items():
+        small = ["module.micro_batch_tokens=300", "trainer.devices=2", f"trainer.strategy={SHARDED}"]
+        assert fit.main(command(kind, world, run, *small)) == 0
+    return runs
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_train_what_one_trains(
-    world: Path, alone: dict[str, Path], kind: str, strategy: str, tmp_path: Path
-) -> None:
-    words = command(kind, world, tmp_path / "run", "trainer.devices=2", f"trainer.strategy={strategy}")
-    assert fit.main(words) == 0
+def test_two_processes_train_what_one_trains(world: Path, alone: dict[str, Path], kind: str, tmp_path: Path) -> None:
+    assert fit.main(command(kind, world, tmp_path / "run", "trainer.devices=2")) == 0
     assert_same(tmp_path / "run", alone[kind])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_that_share_weights_do_too(alone: dict[str, Path], sharded: dict[str, Path], kind: str) -> None:
+    assert_same(sharded[kind], alone[kind])
+    saved = [path.name for path in sorted((checkpoints.found(sharded[kind] / "checkpoints")[0] / "shards").iterdir())]
+    assert saved == [".metadata", "__0_0.distcp", "__1_0.distcp"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_checkpoint_is_exported_however_it_was_saved(
+    alone: dict[str, Path], sharded: dict[str, Path], kind: str, tmp_path: Path
+) -> None:
+    for runs in (alone, sharded):
+        out = tmp_path / runs[kind].name
+        assert export.main([str(runs[kind]), str(out)]) == 0
+        own, theirs = load_file(out / "model.safetensors"), weights(runs[kind])
+        assert own.keys() == theirs.keys() and all(torch.equal(own[name], theirs[name]) for name in theirs)
+        configs = [json.loads((folder / "config.json").read_text()) for folder in (out, runs[kind] / "hf")]
+        configs[1].pop("reward_bias", None)
+        assert configs[0] == configs[1]
+        assert sorted(path.name for path in out.iterdir()) == sorted(
+            path.name for path in (runs[kind] / "hf").iterdir()
+        )
+
+
+def test_export_takes_some_tensors_at_a_time(sharded: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(export, "write_model", functools.partial(write_model, file_bytes=20_000))
+    assert export.main([str(sharded["sft"] / "checkpoints" / "step-000000012"), str(tmp_path / "out")]) == 0
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
+    model, whole = load_causal_lm(str(tmp_path / "out")), load_causal_lm(str(sharded["sft"] / "hf"))
+    assert all(torch.equal(one, other) for one, other in zip(model.parameters(), whole.parameters(), strict=True))
+
+
+def test_export_says_what_is_wrong(
+    sharded: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(sharded["sft"], run)
+    newest = checkpoints.found(run / "checkpoints")[0]
+    part = newest / "shards" / "__1_0.distcp"
+    part.write_bytes(part.read_bytes()[:-7])
+    for words, message in (
+        ((run, run), "is there already"),
+        ((tmp_path / "nowhere", tmp_path / "out"), "no such folder"),
+        ((newest, tmp_path / "out"), "is no whole checkpoint: shards/__1_0.distcp has"),
+    ):
+        assert export.main([str(word) for word in words]) == 2
+        assert message in capsys.readouterr().err
+    assert export.main([str(run), str(tmp_path / "out")]) == 0  # from the checkpoint before
+    assert f"step-{checkpoints.step_of(newest):09d}: not used, shards/__1_0.distcp has" in capsys.readouterr().err
 
 
 def go_back(run: Path, step: int) -> None:
