@@ -15,14 +15,15 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from align import distributed
 
 ATTRIBUTE = "align_source"
 """Of a model without weights: where they are."""
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
 
 class _State:
@@ -78,8 +79,6 @@ def make(factory: Any, path: str, **arguments: Any) -> PreTrainedModel | None:
     missing = {name for name, _ in model.named_parameters()} - files.keys() - {"score.weight"}
     if missing:
         return None
-    with contextlib.suppress(OSError):  # many models have none
-        model.generation_config = GenerationConfig.from_pretrained(path)
     setattr(model, ATTRIBUTE, Source(files))
     return model
 

@@ -20,6 +20,7 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
+    GenerationConfig,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -232,6 +233,9 @@ def _from_pretrained(factory: Any, path: str, **arguments: Any) -> PreTrainedMod
     if model is None:
         with _quiet():
             model = factory.from_pretrained(path, **arguments)
+    else:
+        with contextlib.suppress(OSError):  # many models have none
+            model.generation_config = GenerationConfig.from_pretrained(path)
     use_attend(model)
     return model
 
