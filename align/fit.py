@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from align import cli, distributed, interrupt, launch, loggers, precision, resume
+from align import cli, distributed, interrupt, launch, loggers, plan, precision, resume
 from align.atomic import folder_written_whole
 from align.build import build
 from align.callbacks.checkpoint import Checkpoints
@@ -28,8 +28,9 @@ from align.config import AUTO, FIT_KEYS, STRATEGIES, ConfigError, check, plain, 
 from align.data.base import AlignData
 from align.interrupt import Interrupted
 from align.models import deferred, sharding
+from align.modules.base import AlignModule
 from align.schema import TARGET
-from align.strategy import DDP
+from align.strategy import DDP, FSDP
 
 PROG = "python -m align.fit"
 
@@ -64,6 +65,9 @@ a run that was stopped:
 
 exit codes: 0 trained, 2 a mistake in the configuration or the data (nothing to debug), 75 ended by a signal: start it
 again, 1 anything else"""
+
+WORTH_A_PLAN = 10_000_000
+"""Parameters from which on memory is worth a thought."""
 
 ANEW = "overwrite=true trains it anew, run_dir=... another one"
 
@@ -146,7 +150,7 @@ def _say(text: str) -> None:
 
 def _train(config: DictConfig, start: resume.Start) -> int:
     """Builds, trains from the given start, and exports; returns the number of optimizer steps done in all."""
-    run_dir = Path(config.run_dir)
+    run_dir, before = Path(config.run_dir), plan.peak()
     with _folder(config, start) as begins:
         seed_everything(config.seed, workers=True, verbose=False)
         with deferred.weights() if _shards(config) else contextlib.nullcontext():
@@ -161,9 +165,14 @@ def _train(config: DictConfig, start: resume.Start) -> int:
             _say(f"{run_dir}: {_size(module)} on {trainer.strategy.root_device}, {several}{trainer.precision}")
             for note in start.notes:
                 _say(f"{run_dir}: {note}")
+            planned = memory_plan(module, data, trainer)
+            for line in planned.lines() if planned is not None else ():
+                _say(f"{run_dir}: {line}")
             with _of_this_model(start.checkpoint):
                 trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
         export(module, run_dir / "hf")
+    if planned is not None:
+        _say(f"{run_dir}: needed {plan.shown(plan.peak() - before)} of memory, {plan.shown(planned.peak)} planned")
     return trainer.global_step
 
 
@@ -226,6 +235,29 @@ def build_trainer(config: DictConfig, further: Sequence[Callback], opened: list[
         )
     except (ValueError, MisconfigurationException, ImportError) as error:
         raise ConfigError([f"trainer: {error}"]) from error
+
+
+def memory_plan(module: LightningModule, data: LightningDataModule, trainer: Trainer) -> plan.Plan | None:
+    """What the run will need, where that is of interest and can be known."""
+    if not isinstance(module, AlignModule) or sum(p.numel() for p in module.parameters()) < WORTH_A_PLAN:
+        return None
+    strategy, sampler = trainer.strategy, getattr(module, "sampler", None)
+    lengths = [getattr(data, "max_prompt_tokens", None), getattr(sampler, "max_new_tokens", None)]
+    at_once = getattr(sampler, "batch_size", None)
+    setting = plan.Setting(
+        ranks=trainer.world_size,
+        sharded=isinstance(strategy, FSDP),
+        reshard=isinstance(strategy, FSDP) and strategy.reshard_after_forward,
+        dtype=torch.bfloat16 if trainer.precision == "bf16-mixed" else None,
+        tokens=module.micro_batch_tokens,
+        decoding=(at_once, sum(lengths)) if at_once and None not in lengths else None,  # type: ignore[arg-type]
+        optimizer=module.optim.name,
+    )
+    try:
+        return plan.plan(module, setting)
+    except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # a model that runs on real tensors only
+        _say(f"memory plan: not known, {type(error).__name__}: {str(error).splitlines()[0]}")
+        return None
 
 
 class _Begins(Callback):

@@ -28,7 +28,7 @@ LAYERS = (
     ("models", "data", "optim"),
     ("rollout",),
     ("modules",),
-    ("callbacks", "strategy"),
+    ("callbacks", "strategy", "plan"),
     ("schema", "inputs", "overrides", "loggers", "config", "build", "cli", "precision", "launch"),
     ("measure", "tables", "resume", "fit", "sample", "evaluate", "export"),
 )

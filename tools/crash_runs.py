@@ -34,7 +34,7 @@ def prepare(folder: Path) -> None:
     draw = random.Random(0)
     rows = [describe_row(sheet, text, draw) for sheet, text in texts]
     tokenizer = train_tokenizer([row["prompt"] + row["response"] for row in rows])
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
     special = tokenizer.get_vocab()
     torch.manual_seed(0)
     model = LlamaForCausalLM(

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from align import checkpoints, fit, interrupt, resume
+from align import blockwise, checkpoints, fit, interrupt, resume
 from align.callbacks.checkpoint import Checkpoints
+from align.models.load import load_causal_lm
 from align.modules.ppo import PPOModule
 from align.modules.sft import SFTModule
 from align.types import Completions
@@ -344,6 +345,11 @@ def test_a_manifest_names_sizes_and_checksums(unbroken: Path) -> None:
     manifest = json.loads((newest(unbroken) / "manifest.json").read_text())
     state = newest(unbroken) / "state.pt"
     assert manifest["step"] == 12 and manifest["files"]["state.pt"]["bytes"] == state.stat().st_size
+
+
+def test_the_runs_that_are_killed_have_8_bit_state(world: Path) -> None:
+    model = load_causal_lm(str(world / "model"))
+    assert any(blockwise.pays(parameter.shape) for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
