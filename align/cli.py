@@ -5,6 +5,7 @@ A user's mistake ends a command with a readable message and exit code 2; everyth
 
 import argparse
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -173,6 +174,8 @@ class RunFolder:
 def put_back_earlier(folder: Path) -> None:
     """Undoes what a `RunFolder` did whose process was killed before the run began."""
     real = folder.resolve()
+    if real.is_dir() and all(re.fullmatch(r"\.config\.yaml\.\w{8}", item.name) for item in real.iterdir()):
+        atomic.sweep(real, "config.yaml")  # killed while it wrote that
     if not real.parent.is_dir():
         return
     for earlier in real.parent.glob(f"{_aside(real)}*"):

@@ -122,7 +122,8 @@ def plan(module: AlignModule, setting: Setting) -> Plan:
             shares.append(Share(name, weights))
             continue
         learning = sum(_own_bytes(p, setting, p.element_size()) for p in inner.parameters() if p.requires_grad)
-        state = sum(_state_bytes(p, setting) for p in inner.parameters() if p.requires_grad)
+        embeddings = {p for part in inner.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
+        state = sum(_state_bytes(p, setting, p in embeddings) for p in inner.parameters() if p.requires_grad)
         shares.append(Share(name, weights, learning, state, activations(inner, setting)))
         if setting.sharded:
             gathered += _gathered(inner, setting)
@@ -199,7 +200,7 @@ def _own_rows(parameter: nn.Parameter, setting: Setting) -> float:
     return -(-parameter.shape[0] // setting.ranks) / parameter.shape[0]
 
 
-def _own_bytes(parameter: nn.Parameter, setting: Setting, each: float) -> int:
+def _own_bytes(parameter: nn.Parameter, setting: Setting, each: int) -> int:
     return round(parameter.numel() * _own_rows(parameter, setting) * each)
 
 
@@ -208,9 +209,9 @@ def _bytes(model: nn.Module, setting: Setting) -> int:
     return buffers + sum(_own_bytes(p, setting, p.element_size()) for p in model.parameters())
 
 
-def _state_bytes(parameter: nn.Parameter, setting: Setting) -> int:
+def _state_bytes(parameter: nn.Parameter, setting: Setting, embedding: bool) -> int:
     moments = 1 if setting.optimizer.startswith("lion") else 2
-    if not setting.optimizer.endswith("8bit") or not pays(parameter.shape):
+    if embedding or not setting.optimizer.endswith("8bit") or not pays(parameter.shape):
         each = parameter.element_size() if setting.optimizer == "adamw" else 4
         return moments * _own_bytes(parameter, setting, each)
     columns = -(-(parameter.numel() // parameter.shape[0]) // BLOCK) * BLOCK

@@ -180,6 +180,16 @@ def test_a_used_folder_is_kept_unless_overwritten(folder: Path, capsys: pytest.C
     assert not Path("runs/one/hf/old.txt").exists()
 
 
+def test_a_kill_while_the_configuration_is_written_leaves_a_folder_to_use(tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml.a1b2c3_d").write_text("half")
+    cli.put_back_earlier(tmp_path)
+    assert not any(tmp_path.iterdir())
+    for name in (".config.yaml.a1b2c3_d", "notes.txt"):
+        (tmp_path / name).write_text("a user's")
+    cli.put_back_earlier(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+
+
 @pytest.mark.parametrize("moment", ["making room", "before the first step", "deleting"])
 def test_a_kill_while_overwriting_loses_no_run(tmp_path: Path, moment: str) -> None:
     def a_run(folder: Path, text: str) -> None:
