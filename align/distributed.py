@@ -5,7 +5,6 @@ With a single process everything here is the identity. Knows torch's process gro
 
 import contextlib
 import os
-import socket
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
@@ -58,9 +57,12 @@ def group(accelerator: str) -> Iterator[None]:
 
 
 def local_world_size() -> int:
-    """How many of the processes run on this machine."""
-    hosts = from_all(socket.gethostname())
-    return hosts.count(socket.gethostname())
+    """How many of the processes run on this machine, as their launcher says."""
+    if world_size() == 1:
+        return 1
+    if "LOCAL_WORLD_SIZE" in os.environ:
+        return int(os.environ["LOCAL_WORLD_SIZE"])
+    return world_size() // int(os.environ.get("SLURM_NNODES", "1"))
 
 
 def rank() -> int:

@@ -212,6 +212,7 @@ def build_trainer(config: DictConfig, further: Sequence[Callback], opened: list[
     arguments = {**TRAINER_DEFAULTS, **build(config.trainer, "trainer")}
     if arguments.get("devices", "auto") == "auto":
         arguments["devices"] = distributed.local_world_size()
+    arguments.setdefault("num_nodes", distributed.world_size() // distributed.local_world_size())
     if distributed.world_size() > 1 and arguments.get("strategy", "auto") in STRATEGIES:
         arguments["strategy"] = DDP()
     if arguments.get("precision") == AUTO:
