@@ -57,6 +57,7 @@ DOCUMENTS = (
     "docs/metrics.md",
     "docs/extend.md",
     "docs/reliability.md",
+    "docs/scale.md",
 )
 
 NAMED = re.compile(r"(?<![\w/])((?:align|configs|tools|tests|docs|data)/[\w./-]*\w)(?::([\w.]*\w))?")

@@ -9,6 +9,7 @@ a run that nobody disturbed. Speeds are the one exception. The figures are in do
 import argparse
 import contextlib
 import faulthandler
+import importlib
 import mmap
 import os
 import random
@@ -81,6 +82,8 @@ def crash(variant: Variant, world: Path, kills: int, seed: int = 0, tick: Callab
     command = [*arguments(variant.kind, world, variant.workers), f"module.optim.name={variant.optimizer}"]
     command += ["trainer.strategy={_target_: align.strategy.FSDP}"] * variant.sharded
     names = str(variant).replace(", ", "-").replace(" ", "-")
+    if variant.optimizer != "adamw":
+        importlib.import_module("bitsandbytes")  # takes seconds, which the forked processes need not spend
     reference, run = world / f"{names}-unbroken", world / f"{names}-killed"
     begun = time.monotonic()
     if _run([*command, f"run_dir={reference}"], variant, None, draw)[0] != 0:
