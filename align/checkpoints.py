@@ -7,6 +7,7 @@ Lightning's and the modules' business.
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ import torch
 from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
 from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, empty
 
@@ -66,7 +68,9 @@ class VerifiedCheckpointIO(CheckpointIO):
                 return
             with atomic.folder_written_whole(folder) as fresh:
                 _write(tree, fresh)
-        except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        except (OSError, RuntimeError, CheckpointException) as error:  # torch reports a full disk as the latter two
+            if shards and isinstance(error, RuntimeError) and _system_error(error) is None:
+                raise  # of the process group: another rank has died
             raise CheckpointError(
                 f"the checkpoint {folder} could not be written: {_cause(error)}. Earlier checkpoints are as they "
                 "were: make room, or make the folder writable, and give the same command again"
@@ -85,7 +89,9 @@ class VerifiedCheckpointIO(CheckpointIO):
 
 
 def read(folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
-    """The state in a checkpoint, in CPU memory. Never runs code that a file contains.
+    """The state in a checkpoint: whole tensors in CPU memory, sharded ones where the mesh computes.
+
+    Never runs code that a file contains.
 
     Args:
         folder: Of the checkpoint.
@@ -178,15 +184,18 @@ def described(damaged: Sequence[Damage]) -> list[str]:
 def _save_sharded(tree: Any, shards: dict[str, DTensor], folder: Path) -> None:
     """Every rank writes its parts into a folder that gets its name when the first rank knows that all are there."""
     unfinished = distributed.from_first(lambda: atomic.unfinished(folder))
-    state_dict_saver.save(shards, checkpoint_id=unfinished / SHARDS)  # returns, or raises, on all ranks alike
 
     def complete() -> None:
         with atomic.folder_written_whole(folder) as fresh:
             (unfinished / SHARDS).rename(fresh / SHARDS)
             _write(tree, fresh)
-        unfinished.rmdir()
 
-    distributed.from_first(complete)
+    try:
+        state_dict_saver.save(shards, checkpoint_id=unfinished / SHARDS)  # returns, or raises, on all ranks alike
+        distributed.from_first(complete)
+    finally:
+        if distributed.is_first():
+            shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _write(tree: Any, folder: Path) -> None:
@@ -240,9 +249,20 @@ def _digest(path: Path) -> str:
 
 def _cause(error: BaseException) -> str:
     """The operating system's word for it: torch only says that it failed to write, and the system's error is in it."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError) and found.strerror:
-            return found.strerror
-        found = found.__context__
+    system = _system_error(error)
+    if system is not None and system.strerror:
+        return system.strerror
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    """The system's error that led to another, perhaps on another rank."""
+    while error is not None:
+        if isinstance(error, OSError):
+            return error
+        if isinstance(error, CheckpointException):
+            return next(
+                (found for one, _ in error.failures.values() if (found := _system_error(one)) is not None), None
+            )
+        error = error.__context__
+    return None

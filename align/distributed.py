@@ -21,16 +21,22 @@ from align.types import AnyRecord, joined
 
 Value = TypeVar("Value")
 
+FOLLOWS = 76
+"""The exit code of a rank that ends because the first one has failed, which says why."""
+
 BUCKET_BYTES = 2**26
 """Gradients sent in one message: few messages, and little memory beside the gradients."""
 
 
 def environment() -> ClusterEnvironment | None:
     """Who started this process together with others (torchrun, `align.launch`, Slurm); None: it is alone."""
-    for kind in (TorchElasticEnvironment, SLURMEnvironment):
-        if kind.detect() and (found := kind()).world_size() > 1:
-            return found
-    return None
+    if TorchElasticEnvironment.detect():
+        found: ClusterEnvironment = TorchElasticEnvironment()
+    elif SLURMEnvironment.detect() and "SLURM_STEP_ID" in os.environ:  # without, it is the script that calls srun
+        found = SLURMEnvironment()
+    else:
+        return None
+    return found if found.world_size() > 1 else None
 
 
 @contextlib.contextmanager
@@ -116,7 +122,7 @@ def from_first(function: Callable[[], Value]) -> Value:
     """What a function returns on the first rank, which alone calls it.
 
     Raises:
-        SystemExit: On the others, where it raised on the first.
+        SystemExit: On the others, with `FOLLOWS`, where it raised on the first.
     """
     if world_size() == 1:
         return function()
@@ -127,7 +133,7 @@ def from_first(function: Callable[[], Value]) -> Value:
     finally:
         dist.broadcast_object_list(answer)
     if answer[0] is None:
-        raise SystemExit(2)
+        raise SystemExit(FOLLOWS)
     return answer[0][0]
 
 

@@ -150,7 +150,7 @@ def _say(text: str) -> None:
 
 def _train(config: DictConfig, start: resume.Start) -> int:
     """Builds, trains from the given start, and exports; returns the number of optimizer steps done in all."""
-    run_dir, before = Path(config.run_dir), plan.peak()
+    run_dir, before = Path(config.run_dir), plan.used()
     with _folder(config, start) as begins:
         seed_everything(config.seed, workers=True, verbose=False)
         with deferred.weights() if _shards(config) else contextlib.nullcontext():
@@ -172,7 +172,7 @@ def _train(config: DictConfig, start: resume.Start) -> int:
                 trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
         export(module, run_dir / "hf")
     if planned is not None:
-        _say(f"{run_dir}: needed {plan.shown(plan.peak() - before)} of memory, {plan.shown(planned.peak)} planned")
+        _say(f"{run_dir}: needed {plan.shown(plan.needed(before))} of memory, {plan.shown(planned.peak)} planned")
     return trainer.global_step
 
 
@@ -226,7 +226,7 @@ def build_trainer(config: DictConfig, further: Sequence[Callback], opened: list[
         callbacks.append(Checkpoints())
     callbacks += further
     try:
-        return Trainer(
+        trainer = Trainer(
             **arguments,
             callbacks=callbacks,
             logger=opened or False,
@@ -236,6 +236,9 @@ def build_trainer(config: DictConfig, further: Sequence[Callback], opened: list[
         )
     except (ValueError, MisconfigurationException, ImportError) as error:
         raise ConfigError([f"trainer: {error}"]) from error
+    # Signals are `align.interrupt`'s. Lightning's handler would talk to other ranks in the middle of whatever they do.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    return trainer
 
 
 def memory_plan(module: LightningModule, data: LightningDataModule, trainer: Trainer) -> plan.Plan | None:

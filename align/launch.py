@@ -49,7 +49,8 @@ def processes(devices: Any, num_nodes: int = 1) -> int:
             ]
         )
     if isinstance(devices, str):
-        devices = int(devices) if devices.lstrip("-").isdigit() else devices.split(",") if "," in devices else 1
+        named = [part for part in devices.split(",") if part.strip()]
+        devices = named if "," in devices else int(devices) if devices.lstrip("-").isdigit() else 1
     if devices == -1:
         return torch.cuda.device_count()
     return devices if isinstance(devices, int) else len(devices)
@@ -114,11 +115,10 @@ def _passing_on(ranks: Sequence[subprocess.Popen[bytes]]) -> Iterator[None]:
     """Signals to this process reach every rank. Ctrl-C does so by itself: the terminal sends it to all."""
 
     def pass_on(number: int, frame: FrameType | None) -> None:
-        for process in ranks:
+        for process in ranks if number != signal.SIGINT or not sys.stdin.isatty() else ():
             process.send_signal(number)
 
-    before = {number: signal.signal(number, pass_on) for number in interrupt.SIGNALS}
-    before[signal.SIGINT] = signal.signal(signal.SIGINT, lambda *_: None)
+    before = {number: signal.signal(number, pass_on) for number in (*interrupt.SIGNALS, signal.SIGINT)}
     try:
         yield
     finally:
@@ -131,7 +131,8 @@ def _outcome(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
     failed, deadline = 0, float("inf")
     while True:
         codes = [process.poll() for process in ranks]
-        bad = [code for code in codes if code is not None and code not in (0, interrupt.AGAIN)]
+        harmless = (0, interrupt.AGAIN, distributed.FOLLOWS)
+        bad = [code for code in codes if code is not None and code not in harmless]
         if bad and not failed:
             failed = min(bad)  # a signal, where there was one: the others only lost the connection
             deadline = time.monotonic() + (0.0 if failed == cli.MISTAKE else GRACE)

@@ -11,10 +11,14 @@ from align import atomic, distributed
 from align.types import named_tensors
 
 FOLDER = "nonfinite"
+TOO_LARGE = "the norm of the gradient, which is too large for its number format"
 
 
-def first_bad(batch: Any, networks: Mapping[str, nn.Module]) -> str:
-    """The name of the first tensor with a NaN or an infinity: in the batch, among the weights, among the gradients."""
+def first_bad(batch: Any, networks: Mapping[str, nn.Module]) -> str | None:
+    """The name of the first tensor with a NaN or an infinity: in the batch, among the weights, among the gradients.
+
+    Of several ranks each looks at its own part; None where nothing is wrong with that.
+    """
     for name, tensor in named_tensors(batch):
         if not _finite(tensor):
             return f"{name} of the batch"
@@ -24,10 +28,10 @@ def first_bad(batch: Any, networks: Mapping[str, nn.Module]) -> str:
                 tensor = parameter if what == "weights" else parameter.grad
                 if tensor is not None and not _finite(tensor):
                     return f"the {what} of {network}.{name}"
-    return "the norm of the gradient, which is too large for its number format"
+    return None
 
 
-def save_batch(run_dir: Path, step: int, batch: Any, bad: str) -> Path:
+def save_batch(run_dir: Path, step: int, batch: Any, bad: str | None) -> Path:
     """Writes the tensors of a batch to `nonfinite/step-NNNNNNNNN/batch.pt`, with the name of the bad one.
 
     Of several ranks each writes its part of the batch, all but the first into `step-NNNNNNNNN-rank-R`.

@@ -138,7 +138,7 @@ def activations(model: PreTrainedModel, setting: Setting) -> int:
     rows = max(1, setting.tokens // TYPICAL_LENGTH)
     kept: dict[int, tuple[int, Tensor]] = {}
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.device(device):
         with local_torch_dtype(next(model.parameters()).dtype):
             copy = type(model)(model.config).train(model.training)
         if model.is_gradient_checkpointing:
@@ -168,12 +168,17 @@ def _of_a_block(model: PreTrainedModel, setting: Setting) -> int:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def peak() -> int:
-    """The most memory that this process has used so far, in bytes: of its GPU, or else of the machine."""
+def needed(before: int) -> int:
+    """The most memory that this process has used, in bytes: of its GPU, or else of the machine, beyond `before`."""
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
-    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return used if sys.platform == "darwin" else used * 1024
+    return used() - before
+
+
+def used() -> int:
+    """The most memory of the machine that this process has had so far, in bytes."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
 
 
 def shown(size: int) -> str:

@@ -43,13 +43,11 @@ class FSDP(ModelParallelStrategy):
     Args:
         reshard_after_forward: Frees each block's weights between its forward and its backward pass. False keeps them:
             one gathering less a step, and memory for whole models (their optimizer state stays sharded).
-        cpu_offload: Keeps weights, gradients and optimizer state in CPU memory; only what is computed is on the GPU.
     """
 
-    def __init__(self, *, reshard_after_forward: bool = True, cpu_offload: bool = False) -> None:
+    def __init__(self, *, reshard_after_forward: bool = True) -> None:
         super().__init__(tensor_parallel_size=1)
         self.reshard_after_forward = reshard_after_forward
-        self.cpu_offload = cpu_offload
 
     def setup_environment(self) -> None:
         """Makes the mesh: one axis over all ranks."""
@@ -66,13 +64,7 @@ class FSDP(ModelParallelStrategy):
                 device=self.root_device,
                 compute_dtype=compute_dtype,
                 reshard_after_forward=self.reshard_after_forward,
-                offload=self.cpu_offload,
             )
-
-    def model_to_device(self) -> None:
-        """Moves what is not sharded; offloaded shards stay where they are."""
-        if not self.cpu_offload:
-            super().model_to_device()
 
     # Checkpoints: Lightning's own go around its CheckpointIO. Ours are the same tree as without sharding, in which the
     # tensors are sharded; `VerifiedCheckpointIO` knows how to write and read those.

@@ -89,7 +89,7 @@ class Comparisons(Record):
 
     def uncounted(self) -> "Comparisons":
         """The same completions, none of which is compared: what a rank computes when a batch has nothing for it."""
-        return replace(self, prompt_index=torch.arange(len(self.scores)))
+        return replace(self, prompt_index=torch.arange(len(self.scores), device=self.scores.device))
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,10 @@ class Checkpoints(Checkpoint):
         return trainer.strategy.reduce_boolean_decision(late, all=False)
 
     def _is_better(self, trainer: L.Trainer) -> bool:
+        """As the first rank sees it; all must ask."""
+        return trainer.strategy.broadcast(self._seems_better(trainer))
+
+    def _seems_better(self, trainer: L.Trainer) -> bool:
         if self.monitor not in trainer.callback_metrics:
             return False
         value = float(trainer.callback_metrics[self.monitor])

@@ -76,6 +76,7 @@ class EMA(L.Callback):
         for name, saved in self._saved.items():
             mine = self.average[name]
             distributed.own_part(mine).copy_(distributed.own_part(distributed.sharded_like(saved, mine)))
+        self._saved = {}
 
 
 def _weights(module: L.LightningModule) -> dict[str, Tensor]:

@@ -76,8 +76,9 @@ def make(factory: Any, path: str, **arguments: Any) -> PreTrainedModel | None:
     files = _tensor_files(path)
     with _parameters_on_meta():
         model = factory.from_config(**arguments)
-    missing = {name for name, _ in model.named_parameters()} - files.keys() - {"score.weight"}
-    if missing:
+    names = {name for name, _ in model.named_parameters()}
+    kept_buffers = model.state_dict().keys() & files.keys() & {name for name, _ in model.named_buffers()}
+    if names - files.keys() - {"score.weight"} or kept_buffers:
         return None
     setattr(model, ATTRIBUTE, Source(files))
     return model
@@ -94,6 +95,7 @@ def fill(model: PreTrainedModel, device: torch.device) -> None:
     source = source_of(model)
     if source is None:
         return
+    # No file has them, or `make` would have refused; they are what the configuration makes them.
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     model.to_empty(device=device)
     for name, buffer in model.named_buffers():

@@ -14,10 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
-    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -38,7 +36,6 @@ def shard(
     device: torch.device,
     compute_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
-    offload: bool = False,
 ) -> None:
     """Spreads a model's weights over the ranks of a mesh, block by block.
 
@@ -49,19 +46,17 @@ def shard(
         compute_dtype: In which weights are gathered and computed with; None: their own. Gradients are summed in
             float32.
         reshard_after_forward: Frees each block after its forward pass; it is gathered again for the backward pass.
-        offload: Keeps shards, gradients and optimizer state in CPU memory.
     """
-    policy: OffloadPolicy = CPUOffloadPolicy() if offload else OffloadPolicy()
     # Inputs stay as they are: under autocast each operation chooses, as it does without sharding.
     dtypes = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     for part in (*blocks(model), model):
         reshard = reshard_after_forward and part is not model  # what is outside the blocks is used first and last
-        fully_shard(part, mesh=mesh, mp_policy=dtypes, offload_policy=policy, reshard_after_forward=reshard)
+        fully_shard(part, mesh=mesh, mp_policy=dtypes, reshard_after_forward=reshard)
         assert isinstance(part, FSDPModule)
         part.align_reshards = reshard  # type: ignore[attr-defined]
         part.set_gradient_divide_factor(1.0)  # losses are divided by counts of all ranks, so gradients are summed
         part.set_force_sum_reduction_for_comms(True)
-    deferred.fill(model, torch.device("cpu") if offload else device)
+    deferred.fill(model, device)
     setattr(model, RUN, MethodType(_call, model))
     register_fsdp_forward_method(model, RUN)
 

@@ -177,8 +177,10 @@ class AlignModule(L.LightningModule):
     def _leave_out(self) -> None:
         """Says which tensor is to blame for a gradient that is not finite, and keeps the batch."""
         self.nonfinite_steps += 1
-        bad = nonfinite.first_bad(self.batch_at_hand, self.networks())
-        file = nonfinite.save_batch(Path(self.trainer.default_root_dir), self.global_step, self.batch_at_hand, bad)
+        own = nonfinite.first_bad(self.batch_at_hand, self.networks())
+        saved = nonfinite.save_batch(Path(self.trainer.default_root_dir), self.global_step, self.batch_at_hand, own)
+        found = [(bad, file) for bad, file in distributed.from_all((own, saved)) if bad is not None]
+        bad, file = found[0] if found else (nonfinite.TOO_LARGE, saved)
         what = f"step {self.global_step}: the gradient is not finite; the first such tensor is {bad}. Batch: {file}"
         if self.nonfinite_steps >= self.optim.max_nonfinite:
             raise RunError(
@@ -247,7 +249,8 @@ def gradient_norm(parameters: Iterable[nn.Parameter], *, summed: bool = True) ->
     """
     grads = [p.grad for p in parameters if p.grad is not None]
     if not summed and distributed.world_size() > 1:
-        grads = [grad if isinstance(grad, DTensor) else distributed.total(grad) for grad in grads]
+        # One whole gradient at a time: all of them once more would be as much memory as the weights.
+        grads = [grad if isinstance(grad, DTensor) else distributed.total(grad).norm() for grad in grads]
     return distributed.whole_tensor(nn.utils.get_total_norm(grads))
 
 

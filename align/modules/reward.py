@@ -89,7 +89,7 @@ class RewardModule(AlignModule):
         """Scores every completion."""
         with sharding.gathered(self.model):
             rewards = self.rewards_of_all(batch)
-        self._validated.append((rewards, replace(batch, ids=batch.ids[:, :0])))
+        self._validated.append((rewards.cpu(), replace(batch, ids=batch.ids[:, :0]).to("cpu")))
 
     def on_validation_epoch_end(self) -> None:
         """Logs how the order agrees with the labelers', of all ranks' completions: see `RankingMetrics`."""
@@ -108,6 +108,8 @@ class RewardModule(AlignModule):
         Not at the end of training, which a run that is continued after its last step does not have.
         """
         batches = self.trainer.datamodule.demonstration_batches()  # type: ignore[attr-defined]
+        if not sharding.is_sharded(self.model):
+            self.to(self.trainer.strategy.root_device)  # from which Lightning has just taken it
         with self.precision(), forward.evaluating(self.model), sharding.gathered(self.model):
             rewards = [self.rewards_of_all(batch.to(self.device)) for batch in batches]
         if rewards:

@@ -53,7 +53,7 @@ def main(out: str, hidden: int, layers: int) -> None:
             del loss
             optimizer.step()
             optimizer.zero_grad()
-        Path(f"{out}-{distributed.rank()}").write_text(json.dumps([planned, plan.peak() - before]))
+        Path(f"{out}-{distributed.rank()}").write_text(json.dumps([planned, plan.used() - before]))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from align import checkpoints, export, fit, interrupt, launch
+from align import checkpoints, export, fit, interrupt, launch, resume
 from align.models.load import load_causal_lm, write_model
 from tools import crash_runs
 
@@ -207,6 +207,15 @@ def test_ranks_die_with_the_process_that_started_them(running: subprocess.Popen[
     while any(map(alive, ranks)):
         assert time.monotonic() < deadline
         time.sleep(0.05)
+
+
+def test_a_folder_in_use_is_refused_by_the_first_rank_for_all(
+    world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with resume.locked(tmp_path / "run"):
+        assert fit.main(command("sft", world, tmp_path / "run", "trainer.devices=2")) == 2
+    message = capfd.readouterr().err
+    assert message.count("is in use by process") == 1 and "Traceback" not in message
 
 
 def test_a_mistake_that_all_ranks_find_is_told_once(

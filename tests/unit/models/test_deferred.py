@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
@@ -78,3 +79,23 @@ def test_a_model_without_blocks_is_refused(alone) -> None:
     model._no_split_modules = None
     with pytest.raises(ValueError, match="does not say what its blocks are"):
         sharding.shard(model, alone, device=torch.device("cpu"))
+
+
+def test_a_model_that_keeps_buffers_in_its_files_is_loaded_whole(folders: Path) -> None:
+    class Factory:
+        """Makes a model with a buffer that training does not change but files hold."""
+
+        @staticmethod
+        def from_config(config, dtype):
+            model = type(FAMILIES["llama-tied"])(config)
+            model.register_buffer("scale", torch.ones(()), persistent=True)
+            return model
+
+    def made(path: Path):
+        return deferred.make(Factory, str(path), config=FAMILIES["llama-tied"].config, dtype=torch.float32)
+
+    assert made(folders / "llama-tied") is not None  # its files have no such buffer: it is what the code makes it
+    tensors = {name: one.clone() for name, one in FAMILIES["llama-tied"].state_dict().items()}
+    (folders / "scaled").mkdir()
+    save_file({**tensors, "scale": torch.tensor(0.5)}, folders / "scaled" / "model.safetensors")
+    assert made(folders / "scaled") is None
