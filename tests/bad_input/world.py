@@ -105,6 +105,7 @@ class Reader(Trainer):
 
     def __init__(self, **_: Any) -> None:
         """Leaves everything out."""
+        self._signal_connector: Any = SimpleNamespace()
 
     @property
     def strategy(self) -> Any:

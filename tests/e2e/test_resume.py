@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from align import blockwise, checkpoints, fit, interrupt, resume
 from align.callbacks.checkpoint import Checkpoints
@@ -273,6 +274,26 @@ class NotANumber(PPOModule):
     def score(self, completions: Completions) -> torch.Tensor:
         scores = super().score(completions)
         return scores if self.global_step == 0 else scores * float("nan")
+
+
+def test_a_run_killed_while_it_exports_exports_again(world: Path, unbroken: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    child = os.fork()
+    if child == 0:
+
+        def half(self: Any, folder: Path, **_: Any) -> None:
+            (Path(folder) / "model.safetensors").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        LlamaForCausalLM.save_pretrained = half  # type: ignore[method-assign]
+        fit.main(sft(world, run))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert not (run / "hf").exists() and not (run / "finished.json").exists()
+    assert any(item.name.startswith(".hf.") for item in run.iterdir())
+    assert fit.main(sft(world, run)) == 0
+    assert crash_runs.differences(run, unbroken) == []
+    assert not any(item.name.startswith(".") for item in run.iterdir())
 
 
 def test_a_reward_that_is_no_number_ends_the_run_with_its_name_and_batch(
