@@ -290,7 +290,7 @@ def test_a_run_killed_while_it_exports_exports_again(world: Path, unbroken: Path
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     assert not (run / "hf").exists() and not (run / "finished.json").exists()
-    assert any(item.name.startswith(".hf.") for item in run.iterdir())
+    assert any(item.name.startswith(".hf") for item in run.iterdir())
     assert fit.main(sft(world, run)) == 0
     assert crash_runs.differences(run, unbroken) == []
     assert not any(item.name.startswith(".") for item in run.iterdir())
