@@ -203,7 +203,7 @@ def is_run(folder: Path) -> bool:
 
 def _print_mistake(what: str, error: Exception) -> None:
     if not distributed.is_first():  # which has most likely found the same, and is about to take this process with it
-        time.sleep(2.0)
+        time.sleep(10.0)
     messages = error.errors if isinstance(error, ConfigError) else [str(error)]
     count = "1 error" if len(messages) == 1 else f"{len(messages)} errors"
     lines = [f"{what}: {count}", *("  - " + text.replace("\n", "\n    ") for text in messages)]
