@@ -10,6 +10,7 @@ added up once a step, so the number of ranks changes nothing either.
 
 import contextlib
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ from align.types import AnyRecord
 Stats = dict[str, Tensor]
 
 
-class AlignModule(L.LightningModule):
+class AlignModule(L.LightningModule, ABC):
     """A training objective. Subclasses say which networks learn, and what a batch's pieces of loss are.
 
     To write a new objective: subclass, implement `networks`, `exported` and a `training_step` that calls `accumulate`,
@@ -67,13 +68,13 @@ class AlignModule(L.LightningModule):
             return [f"micro_batch_tokens: got {budget}, expected at least 1"]
         return []
 
+    @abstractmethod
     def networks(self) -> Mapping[str, nn.Module]:
-        """The networks that learn, by name. Called once, when the optimizer is made."""
-        raise NotImplementedError(f"{type(self).__name__} must say which networks learn")
+        """The networks that learn, by name."""
 
+    @abstractmethod
     def exported(self) -> nn.Module:
-        """The model that `export` writes. Called when training has ended."""
-        raise NotImplementedError(f"{type(self).__name__} must say which model it exports")
+        """The model that `export` writes."""
 
     def learning_rates(self) -> Mapping[str, float]:
         """Peak learning rates of networks that do not use `optim.lr`."""

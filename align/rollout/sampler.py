@@ -12,6 +12,7 @@ which the caller seeds (`align.seeds`).
 """
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
@@ -45,7 +46,7 @@ class Sampler(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchSampler:
+class BatchSampler(ABC):
     """What both engines share: prompts of like length are answered together.
 
     Attributes:
@@ -67,8 +68,8 @@ class BatchSampler:
         """See `Sampler`."""
         return _in_batches(self._answer, policy, prompts, self.batch_size)
 
-    def _answer(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
-        raise NotImplementedError(f"{type(self).__name__} must answer a batch of prompts")
+    @abstractmethod
+    def _answer(self, policy: PreTrainedModel, prompts: Prompts) -> Completions: ...
 
 
 @dataclass(frozen=True, kw_only=True)
