@@ -187,9 +187,17 @@ def test_two_updates() -> None:
         if number % 2 == 1:
             optimizer.step()
             optimizer.zero_grad()
-    for name, network in (("policy", policy), ("value", value.hf)):
+    loose = total = 0
+    for name, network in networks.items():
         for key, weight in network.named_parameters():
-            assert_close(weight.detach(), recorded()[f"{name}_after.{key}"], rtol=1e-5, atol=2e-6)
+            ours, theirs = weight.detach(), recorded()[f"{name.removesuffix('_model')}_after.{key}"]
+            # Adam's first step is lr · sign(g): where g is all rounding, which differs from CPU to CPU, so is the step.
+            first = micro(1, f"grad.{name}.{key}").abs()
+            rounding = (first > 0.0) & (first < 1e-6 * first.max())
+            assert_close(ours[~rounding], theirs[~rounding], rtol=1e-5, atol=2e-6)
+            assert_close(ours[rounding], theirs[rounding], rtol=1e-5, atol=2.0 * CONFIG["learning_rate"])
+            loose, total = loose + int(rounding.sum()), total + rounding.numel()
+    assert loose < 1e-4 * total
 
 
 def _accumulate(policy: PreTrainedModel, value: ScalarModel, number: int) -> None:
