@@ -17,9 +17,9 @@ from align import checkpoints, cli
 from align.atomic import folder_written_whole
 from align.build import build
 from align.config import FIT_KEYS, ConfigError
-from align.models import deferred
+from align.models import adapters, deferred, trunk
 from align.models.heads import ScalarModel
-from align.models.load import write_model
+from align.models.load import plain_twin, write_model
 from align.modules.base import AlignModule
 from align.sample import progress
 
@@ -76,24 +76,56 @@ def export(checkpoint: Path, out: Path) -> None:
     model = module.exported()
     inner = model.hf if isinstance(model, ScalarModel) else model
     assert isinstance(inner, PreTrainedModel)
-    prefix = _name(module, inner)
-    entries, load = checkpoints.open_weights(found)
-    if missing := [name for name in inner.state_dict() if f"{prefix}.{name}" not in entries]:
-        raise ConfigError([f"{found}: is not of this model: {missing[0]} is not in it"])
-
-    def tensors(names: list[str]) -> dict[str, Tensor]:
-        values = load([f"{prefix}.{name}" for name in names])
-        return {name: values[f"{prefix}.{name}"] for name in names}
-
-    count = sum(parameter.numel() for parameter in inner.parameters())
+    plain = plain_twin(inner)
+    count = sum(parameter.numel() for parameter in plain.parameters())
     with (
         warnings.catch_warnings(),
         folder_written_whole(out) as fresh,
         progress(f"{type(inner).__name__} of step {checkpoints.step_of(found)}", count, "weights") as advance,
     ):
         warnings.filterwarnings("ignore", ".*torch.distributed is disabled.*")
-        write_model(inner, module.tokenizer, tensors, fresh, advance=advance)
+        weights = _Weights(inner, found, _name(module, inner))
+        write_model(plain, module.tokenizer, weights.merged, fresh, advance=advance)
+        if adapters.present(inner):
+            adapters.write(inner, weights.value_of, fresh / trunk.FOLDER)
     print(f"{out}: written")
+
+
+class _Weights:
+    """What a model's weights are at a checkpoint: learned ones are in it, frozen ones in the folder they came from.
+
+    Args:
+        model: Without weights, where they can be read later.
+        checkpoint: Its folder.
+        prefix: Of the model's names in the checkpoint.
+
+    Raises:
+        ConfigError: The checkpoint lacks a weight that learns.
+    """
+
+    def __init__(self, model: PreTrainedModel, checkpoint: Path, prefix: str) -> None:
+        self.model, self.prefix = model, prefix
+        self.entries, self.load = checkpoints.open_weights(checkpoint)
+        learned = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+        if missing := sorted(name for name in learned if f"{prefix}.{name}" not in self.entries):
+            raise ConfigError([f"{checkpoint}: is not of this model: {missing[0]} is not in it"])
+
+    def value_of(self, name: str) -> Tensor:
+        """A tensor by its name in the model."""
+        place = f"{self.prefix}.{name}"
+        return self.load([place])[place] if place in self.entries else deferred.value_of(self.model, name)
+
+    def merged(self, names: list[str]) -> dict[str, Tensor]:
+        """Tensors of the plain model that this one amounts to, by their names in that."""
+        own = adapters.plain_names(self.model)
+        at_once = [own[name] for name in names if f"{self.prefix}.{own[name]}" in self.entries]
+        loaded = self.load([f"{self.prefix}.{name}" for name in at_once])
+
+        def value_of(name: str) -> Tensor:
+            place = f"{self.prefix}.{name}"
+            return loaded[place] if place in loaded else self.value_of(name)
+
+        return {name: adapters.merged_tensor(self.model, own[name], value_of) for name in names}
 
 
 def _checkpoint(path: Path) -> Path:

@@ -81,21 +81,24 @@ class Optim:
         """One optimizer for all networks, and its schedule, to be stepped once an optimizer step.
 
         Args:
-            networks: By name. Every group of the optimizer carries its network's name under "name".
+            networks: By name. Every group of the optimizer carries its network's name under "name". A parameter of two
+                networks is the later one's.
             steps: Optimizer steps of the whole run.
             lrs: Peak learning rates of networks that have their own.
+
+        Raises:
+            ValueError: Nothing in a network learns.
         """
         groups = []
-        for name, network in networks.items():
-            lr = (lrs or {}).get(name, self.lr)
-            trained = [p for p in network.parameters() if p.requires_grad]
+        for name, trained in _learning(networks):
+            shared = {"lr": (lrs or {}).get(name, self.lr), "name": name}
             matrices = [p for p in trained if p.ndim >= 2]
             vectors = [p for p in trained if p.ndim < 2]
-            groups.append({"params": matrices, "lr": lr, "weight_decay": self.weight_decay, "name": name})
-            if vectors:
-                groups.append({"params": vectors, "lr": lr, "weight_decay": 0.0, "name": name})
+            own = [{"params": matrices, "weight_decay": self.weight_decay, **shared}]
+            own += [{"params": vectors, "weight_decay": 0.0, **shared}] if vectors else []
             if self.name.endswith("8bit"):
-                groups += _embeddings_apart(groups[-2:] if vectors else groups[-1:], network)
+                own += _embeddings_apart(own, networks[name])
+            groups += own
         first, second = self.betas
         optimizer: torch.optim.Optimizer
         if self.name == "adamw":
@@ -106,6 +109,22 @@ class Optim:
             groups = [{"bits": bits, **group} for group in groups]
             optimizer = Blockwise(groups, rule=rule, lr=self.lr, betas=(first, second), eps=self.epsilon)
         return optimizer, LambdaLR(optimizer, lambda step: self.fraction(step, steps))
+
+
+def _learning(networks: Mapping[str, nn.Module]) -> list[tuple[str, list[nn.Parameter]]]:
+    """What each network learns, in the networks' order; what lies in another network apart, which may be sharded."""
+    taken: set[nn.Parameter] = set()
+    found = []
+    for name in reversed(list(networks)):
+        network = networks[name]
+        learned = [p for p in network.parameters() if p.requires_grad and p not in taken]
+        inside = {p for module in network.modules() for p in module.parameters(recurse=False)}
+        parts = [[p for p in learned if (p in inside) is within] for within in (False, True)]
+        if not learned:
+            raise ValueError(f"{name}: has no weight that learns; quantised weights are frozen, and learn by lora only")
+        found += [(name, part) for part in parts if part]
+        taken |= set(learned)
+    return found[::-1]
 
 
 def _embeddings_apart(groups: list[dict[str, Any]], network: nn.Module) -> list[dict[str, Any]]:

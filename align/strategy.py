@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from align import checkpoints, distributed
 from align.models import sharding
+from align.models.quantised import is_quantised
 from align.modules.base import AlignModule
 
 
@@ -62,7 +63,7 @@ class FSDP(ModelParallelStrategy):
                 model,
                 self.device_mesh["data_parallel"],
                 device=self.root_device,
-                compute_dtype=compute_dtype,
+                compute_dtype=None if is_quantised(model) else compute_dtype,  # codes are no numbers to be rounded
                 reshard_after_forward=self.reshard_after_forward,
             )
 

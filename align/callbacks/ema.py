@@ -19,7 +19,7 @@ from align.modules.ppo import PPOModule
 
 
 class EMA(L.Callback):
-    """Averages the exported model's weights and writes them to `hf-ema` in the run's folder at the end.
+    """Averages what the exported model learns and writes them to `hf-ema` in the run's folder at the end.
 
     Args:
         decay: Weight of the average so far, at each update.
@@ -81,7 +81,8 @@ class EMA(L.Callback):
 
 def _weights(module: L.LightningModule) -> dict[str, Tensor]:
     assert isinstance(module, AlignModule)
-    return {name: parameter.detach() for name, parameter in module.exported().named_parameters()}
+    found = module.exported().named_parameters()
+    return {name: parameter.detach() for name, parameter in found if parameter.requires_grad}
 
 
 def _swap(weights: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> None:

@@ -15,9 +15,11 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from align import distributed
+from align.models.quantised import QuantisedLinear, quantised
 
 ATTRIBUTE = "align_source"
 """Of a model without weights: where they are."""
@@ -57,12 +59,13 @@ class Source:
     files: dict[str, Path]
     made: dict[str, Tensor] = field(default_factory=dict)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Some rows of a tensor, without reading the others."""
+    def rows(self, name: str, start: int, stop: int, *, transposed: bool = False) -> Tensor:
+        """Some rows of a tensor, or of its transpose, without reading the others."""
         if name in self.made:
             return self.made[name][start:stop]
         with safe_open(self.files[name], framework="pt") as file:
-            return file.get_slice(name)[start:stop]
+            part = file.get_slice(name)
+            return part[:, start:stop].T if transposed else part[start:stop]
 
 
 def make(factory: Any, path: str, **arguments: Any) -> PreTrainedModel | None:
@@ -91,7 +94,7 @@ def source_of(model: PreTrainedModel) -> Source | None:
 
 @torch.no_grad()
 def fill(model: PreTrainedModel, device: torch.device) -> None:
-    """Reads this rank's rows of every sharded weight of a model that was made without."""
+    """Reads every weight of a model that was made without; of sharded ones this rank's rows."""
     source = source_of(model)
     if source is None:
         return
@@ -101,12 +104,40 @@ def fill(model: PreTrainedModel, device: torch.device) -> None:
     for name, buffer in model.named_buffers():
         buffer.copy_(buffers[name])
     model.tie_weights()
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantisedLinear)}
     for name, parameter in model.named_parameters():
-        own = distributed.own_part(parameter)
-        per_rank = -(-parameter.shape[0] // distributed.world_size())
-        start = min(distributed.rank() * per_rank, parameter.shape[0])
-        own.copy_(source.rows(name, start, start + len(own)))
+        own, start = distributed.own_part(parameter), _first_row(parameter)
+        layer, plain = layers.get(name.rpartition(".")[0]), name.replace(".base_layer.", ".")  # LoRA wraps layers
+        if layer is None or name.endswith(".bias"):
+            own.copy_(source.rows(plain, start, start + len(own)))
+        elif parameter is layer.weight:  # which is read together with its scales
+            layer.take(source.rows(plain, start, start + len(own), transposed=layer.transposed))
     delattr(model, ATTRIBUTE)
+
+
+def value_of(model: PreTrainedModel, name: str) -> Tensor:
+    """A weight as it is, or as it would be if it had been read.
+
+    Args:
+        model: With or without weights.
+        name: Of the weight in the model.
+    """
+    source = source_of(model)
+    if source is None:
+        return model.state_dict()[name]
+    owner, _, last = name.rpartition(".")
+    layer, plain = model.get_submodule(owner), owner.replace(".base_layer", "")
+    if isinstance(layer, QuantisedLinear) and last != "bias":
+        whole = source.rows(f"{plain}.weight", 0, layer.out_features, transposed=layer.transposed)
+        return quantised(whole, layer.bits)[last == "scales"]
+    return source.rows(f"{plain}.{last}", 0, model.state_dict()[name].shape[0])
+
+
+def _first_row(parameter: nn.Parameter) -> int:
+    """Where this rank's rows begin."""
+    if not isinstance(parameter, DTensor):
+        return 0
+    return min(distributed.rank() * -(-parameter.shape[0] // distributed.world_size()), parameter.shape[0])
 
 
 def _tensor_files(path: str) -> dict[str, Path]:

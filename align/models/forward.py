@@ -106,6 +106,25 @@ def token_logprobs_and_entropies(
     return both[:, 0], both[:, 1]
 
 
+def token_logprobs_and_values(
+    model: PreTrainedModel,
+    value: ScalarModel,
+    ids: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    temperature: float = 1.0,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """`token_logprobs` and `token_values` of a value head on the model itself, in one pass if the model allows it."""
+    if not _has_plain_head(model):
+        return token_logprobs(model, ids, mask, temperature), token_values(value, ids, mask)
+
+    def both(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
+        inputs, targets = _hidden(model, ids)[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]
+        logprobs = _in_chunks(model, _unembedding(model), inputs, targets, temperature, _logprobs_of)
+        return logprobs, _scalar(value, inputs)
+
+    return sharding.run(model, both)
+
+
 def token_logprobs_and_hits(
     model: PreTrainedModel, ids: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
@@ -174,6 +193,18 @@ def _function_of_logits(
         head, inputs = _unembedding(model), _hidden(model, ids)[:, :-1][mask[:, 1:]]
     else:
         head, inputs = nn.Identity(), model.forward(input_ids=ids, use_cache=False).logits[:, :-1][mask[:, 1:]]
+    return _in_chunks(model, head, inputs, targets, temperature, function)
+
+
+def _in_chunks(
+    model: PreTrainedModel,
+    head: nn.Module,
+    inputs: Float[Tensor, "tokens _"],
+    targets: Int[Tensor, " tokens"],
+    temperature: float,
+    function: Callable[[Float[Tensor, "tokens vocab"], Int[Tensor, " tokens"]], Tensor],
+) -> Tensor:
+    """`function(head(inputs) / temperature, targets)`, never of more than `LOGITS_PER_CHUNK` logits at once."""
 
     def chunk(inputs: Tensor, targets: Tensor) -> Tensor:
         logits = head(inputs).float()

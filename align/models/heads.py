@@ -5,6 +5,7 @@ that centres the reward (InstructGPT, section 3.5) is kept in the model's config
 classifiers have no bias term of their own; transformers ignores it, which shifts all rewards alike.
 """
 
+import contextlib
 import math
 
 import torch
@@ -23,6 +24,10 @@ class ScalarModel(nn.Module):
     def __init__(self, hf: PreTrainedModel) -> None:
         super().__init__()
         self.hf = hf
+
+    def in_use(self) -> contextlib.AbstractContextManager[None]:
+        """The model's own adapter in use, where it shares a trunk with others (`align.models.trunk`)."""
+        return contextlib.nullcontext()
 
     @property
     def head(self) -> nn.Linear:

@@ -8,7 +8,7 @@ first PPO ratio is not 1 and the KL to the reference is noise (The N Implementat
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -29,10 +29,12 @@ from transformers.utils import logging as hf_logging
 
 from align import distributed, seeds
 from align.atomic import folder_written_whole
-from align.models import deferred, sharding
+from align.models import adapters, deferred, quantised, sharding, trunk
+from align.models.adapters import LoRA
 from align.models.attention import use_attend
 from align.models.deferred import SINGLE
 from align.models.heads import ScalarModel, initialise_head
+from align.models.quantised import Bits
 from align.paths import ModelPath
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -65,9 +67,16 @@ def load_tokenizer(path: ModelPath) -> PreTrainedTokenizerBase:
 
 
 def load_causal_lm(
-    path: ModelPath, *, dtype: DType = "float32", dropout: float = 0.0, gradient_checkpointing: bool = False
+    path: ModelPath,
+    *,
+    dtype: DType = "float32",
+    dropout: float = 0.0,
+    gradient_checkpointing: bool = False,
+    lora: LoRA | None = None,
+    quantise: Bits | None = None,
+    seed: int = 0,
 ) -> PreTrainedModel:
-    """A causal language model, in training mode, every parameter trainable.
+    """A causal language model, in training mode; every parameter trainable unless `lora` or `quantise` says otherwise.
 
     Args:
         path: Folder or hub name.
@@ -76,16 +85,27 @@ def load_causal_lm(
         dropout: Residual dropout probability, on the output of each attention and MLP block (0.2 in InstructGPT's SFT,
             appendix C.1). All other dropout is off.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
+        lora: Freezes the weights and trains small updates of them.
+        quantise: Keeps the weights of the blocks' linear layers in 8 or 4 bits, and freezes the model.
+        seed: Of the updates' initialisation.
     """
     config = _config_without_dropout(path)
-    model = _from_pretrained(AutoModelForCausalLM, path, config=config, dtype=getattr(torch, dtype))
+    model = _from_pretrained(AutoModelForCausalLM, path, quantise, config=config, dtype=getattr(torch, dtype))
     if dropout > 0.0:
         add_residual_dropout(model, dropout)
+    if lora is not None:
+        adapters.add(model, lora, seed=seed)
     return _ready(model, gradient_checkpointing)
 
 
 def load_scalar_model(
-    path: ModelPath, *, dtype: DType = "float32", gradient_checkpointing: bool = False, seed: int = 0
+    path: ModelPath,
+    *,
+    dtype: DType = "float32",
+    gradient_checkpointing: bool = False,
+    lora: LoRA | None = None,
+    quantise: Bits | None = None,
+    seed: int = 0,
 ) -> ScalarModel:
     """A reward or value model: the language model with its unembedding replaced by a projection to one number.
 
@@ -96,7 +116,9 @@ def load_scalar_model(
         path: Folder or hub name, of a causal language model or of a sequence classifier with one label.
         dtype: Of the weights.
         gradient_checkpointing: Recompute activations in the backward pass.
-        seed: Of the head's initialisation.
+        lora: Freezes the weights and trains small updates of them, and the head.
+        quantise: Keeps the weights of the blocks' linear layers in 8 or 4 bits, and freezes the model.
+        seed: Of the head's initialisation, and of the updates'.
     """
     config = _config_without_dropout(path)
     trained = any("SequenceClassification" in name for name in config.architectures or ())
@@ -106,11 +128,15 @@ def load_scalar_model(
             "causal language model"
         )
     config.num_labels = 1
-    model = _from_pretrained(AutoModelForSequenceClassification, path, config=config, dtype=getattr(torch, dtype))
+    factory, kind = AutoModelForSequenceClassification, getattr(torch, dtype)
+    model = _from_pretrained(factory, path, quantise, config=config, dtype=kind)
     if not trained:
         drawn = initialise_head(ScalarModel(model).head, seeds.generator(seed, "head"))
         if (source := deferred.source_of(model)) is not None:
             source.made["score.weight"] = drawn
+    if lora is not None:
+        adapters.add(model, lora, seed=seed)
+        ScalarModel(model).head.requires_grad_(True)
     return ScalarModel(_ready(model, gradient_checkpointing))
 
 
@@ -138,12 +164,38 @@ def save_model(model: PreTrainedModel | ScalarModel, tokenizer: PreTrainedTokeni
     Of several ranks the first one writes; where the model is sharded, all must call it.
     """
     inner = model.hf if isinstance(model, ScalarModel) else model
+    if adapters.present(inner):
+        _save_merged(inner, tokenizer, Path(folder))
+        return
     whole = sharding.whole_weights(inner) if sharding.is_sharded(inner) else None
     if not distributed.is_first():
         return
     with folder_written_whole(folder) as fresh, _quiet():
         inner.save_pretrained(fresh, state_dict=whole)
         tokenizer.save_pretrained(fresh)
+
+
+def _save_merged(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Writes the model that a model with an adapter amounts to, and the adapter into a folder inside that folder."""
+    state = model.state_dict()
+
+    def value_of(name: str) -> Tensor:
+        return distributed.whole_tensor(state[name]).cpu()
+
+    whole = {name: value for name, value in adapters.merged(model, value_of) if distributed.is_first()}
+    with folder_written_whole(folder) if distributed.is_first() else contextlib.nullcontext(folder) as fresh:
+        adapters.write(model, value_of, fresh / trunk.FOLDER)
+        if distributed.is_first():
+            write_model(plain_twin(model), tokenizer, lambda names: {name: whole[name] for name in names}, fresh)
+
+
+def plain_twin(model: PreTrainedModel) -> PreTrainedModel:
+    """The same model without weights, adapters and quantised layers: names, shapes and configuration."""
+    with torch.device("meta"):
+        twin = type(model)(model.config).to(dtype=model.dtype)  # type: ignore[call-arg]
+    if model.can_generate():
+        twin.generation_config = model.generation_config
+    return twin
 
 
 def write_model(
@@ -200,10 +252,10 @@ def frozen(model: AnyModel) -> AnyModel:
     return model.requires_grad_(False).eval()
 
 
-def fingerprint(model: nn.Module) -> str:
-    """A digest of a model's weights, the same in whatever order and on however many threads it is computed."""
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A digest of named tensors, the same on however many threads it is computed."""
     digest = hashlib.blake2b(digest_size=16)
-    for name, part in model.state_dict().items():
+    for name, part in tensors.items():
         tensor = distributed.whole_tensor(part)
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         size = tensor.element_size()
@@ -228,8 +280,9 @@ def _config_without_dropout(path: str) -> PretrainedConfig:
     return config
 
 
-def _from_pretrained(factory: Any, path: str, **arguments: Any) -> PreTrainedModel:
-    model = deferred.make(factory, path, **arguments) if deferred.wanted() else None
+def _from_pretrained(factory: Any, path: str, bits: Bits | None, **arguments: Any) -> PreTrainedModel:
+    # What is to be quantised is read tensor by tensor, so that it is never there whole in its own type.
+    model = deferred.make(factory, path, **arguments) if deferred.wanted() or bits else None
     if model is None:
         with _quiet():
             model = factory.from_pretrained(path, **arguments)
@@ -237,6 +290,8 @@ def _from_pretrained(factory: Any, path: str, **arguments: Any) -> PreTrainedMod
         with contextlib.suppress(OSError):  # many models have none
             model.generation_config = GenerationConfig.from_pretrained(path)
     use_attend(model)
+    if bits is not None:
+        quantise_model(model, bits)
     return model
 
 
@@ -254,7 +309,14 @@ def _quiet() -> Iterator[None]:
             hf_logging.enable_progress_bar()
 
 
+def quantise_model(model: PreTrainedModel, bits: Bits) -> None:
+    """Quantises the linear layers of a model's blocks and freezes the model."""
+    quantised.quantise(model, sharding.blocks(model), bits)
+
+
 def _ready(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
+    if not deferred.wanted():
+        deferred.fill(model, torch.device("cpu"))
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()

@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from align import distributed, interrupt, nonfinite, seeds
 from align.errors import RunError
 from align.models import sharding
-from align.models.load import save_model
+from align.models.load import fingerprint, save_model
 from align.optim import Optim
 from align.types import AnyRecord
 
@@ -59,6 +59,7 @@ class AlignModule(L.LightningModule, ABC):
         self._clock = time.perf_counter()
         self.batch_at_hand: Any = None
         self.nonfinite_steps = 0
+        self._frozen: dict[str, str] | None = None
 
     @classmethod
     def config_errors(cls, arguments: dict[str, Any]) -> list[str]:
@@ -70,7 +71,7 @@ class AlignModule(L.LightningModule, ABC):
 
     @abstractmethod
     def networks(self) -> Mapping[str, nn.Module]:
-        """The networks that learn, by name."""
+        """The networks that learn, by name. What two of them hold is the later one's."""
 
     @abstractmethod
     def exported(self) -> nn.Module:
@@ -221,12 +222,50 @@ class AlignModule(L.LightningModule, ABC):
         self.batch_at_hand = batch
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps how many steps in a row had no finite gradient."""
+        """Keeps how many steps in a row had no finite gradient, and of frozen weights, which are in the folders that
+        the configuration names, only what tells them from others."""
         checkpoint["nonfinite_steps"] = self.nonfinite_steps
+        checkpoint["frozen"] = self._frozen_fingerprints()
+        weights, frozen = checkpoint["state_dict"], self._frozen_names()
+        checkpoint["state_dict"] = {name: value for name, value in weights.items() if name not in frozen}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """See `on_save_checkpoint`."""
+        """See `on_save_checkpoint`.
+
+        Raises:
+            ValueError: Frozen weights are not those the run began with, or the others are of another model.
+        """
         self.nonfinite_steps = checkpoint["nonfinite_steps"]
+        self.strict_loading = False  # of what is frozen, that is; all else is compared here
+        known = checkpoint["frozen"]
+        if differing := sorted((self.state_dict().keys() - self._frozen_names()) ^ checkpoint["state_dict"].keys()):
+            raise ValueError(f"the checkpoint is not of this model: {differing[0]} is in only one of them")
+        changed = [name for name, found in self._frozen_fingerprints().items() if known.get(name) != found]
+        if changed:
+            raise ValueError(
+                f"the frozen weights of the {' and the '.join(changed)} model are not those that the run began with; "
+                "give it the same folders again, or begin anew with overwrite=true"
+            )
+
+    def _frozen_names(self) -> set[str]:
+        """Of everything in models of which nothing learns, and of single weights that do not learn in others."""
+        parameters = self.named_parameters(remove_duplicate=False)  # tied weights have several names
+        found = {name for name, parameter in parameters if not parameter.requires_grad}
+        for child, network in self.named_children():
+            learns = [parameter.requires_grad for parameter in network.parameters()]
+            if learns and not any(learns):
+                found |= {f"{child}.{name}" for name in network.state_dict()}
+        return found
+
+    def _frozen_fingerprints(self) -> dict[str, str]:
+        """Of each network's frozen weights, by its name."""
+        if self._frozen is None:
+            names, found = self._frozen_names(), {}
+            for child, network in self.named_children():
+                tensors = {k: v for k, v in network.state_dict().items() if f"{child}.{k}" in names}
+                found |= {child: fingerprint(tensors)} if tensors else {}
+            self._frozen = found
+        return self._frozen
 
     def precision(self) -> contextlib.AbstractContextManager[None]:
         """The trainer's arithmetic, for passes outside `training_step`: only that runs in it by itself."""
@@ -252,7 +291,10 @@ def gradient_norm(parameters: Iterable[nn.Parameter], *, summed: bool = True) ->
     if not summed and distributed.world_size() > 1:
         # One whole gradient at a time: all of them once more would be as much memory as the weights.
         grads = [grad if isinstance(grad, DTensor) else distributed.total(grad).norm() for grad in grads]
-    return distributed.whole_tensor(nn.utils.get_total_norm(grads))
+    kinds = [[grad for grad in grads if isinstance(grad, DTensor) is sharded] for sharded in (False, True)]
+    # Torch mixes no DTensors with others; a head beside a sharded trunk has both.
+    norms = [distributed.whole_tensor(nn.utils.get_total_norm(kind)) for kind in kinds if kind]
+    return norms[0] if len(norms) == 1 else nn.utils.get_total_norm(norms)
 
 
 def scale_gradients(parameters: Iterable[nn.Parameter], norm: Float[Tensor, ""], largest: float) -> None:

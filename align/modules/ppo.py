@@ -18,9 +18,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align import distributed, interrupt, seeds
 from align.formulas import losses, masked, returns
-from align.models import forward, sharding
+from align.models import adapters, forward, sharding
 from align.models.heads import ScalarModel
-from align.models.load import fingerprint, frozen
+from align.models.load import frozen, quantise_model
+from align.models.quantised import Bits
+from align.models.trunk import Adapter, Head, one_pass
 from align.modules.base import AlignModule, Stats, gradient_norm
 from align.optim import Optim
 from align.rollout.collect import Scored, response_tokens, reward_scores, token_passes
@@ -37,6 +39,8 @@ class PPO:
         gamma: Discount; 1 is none.
         lam: λ of GAE: 1 is the Monte-Carlo return, 0 the one-step error.
         clip: ε: π/π_old has no further effect outside 1 ± ε.
+        value_coef: Weight of the value loss. Networks with weights of their own are stepped by Adam and clipped each on
+            its own, so it says little there; a value head on the policy needs less than 1 (lm-human-preferences: 0.1).
         value_clip: A value has no further effect beyond this distance from the rollout's; null does not clip.
         ptx_coef: γ of Eq. 2: weight of the pretraining loss, in mean nats a token. 0 is plain PPO.
         whiten_advantages: Mean 0 and variance 1 over each minibatch's tokens.
@@ -50,6 +54,7 @@ class PPO:
     gamma: float = 1.0
     lam: float = 0.95
     clip: float = 0.2
+    value_coef: float = 1.0
     value_clip: float | None = 0.2
     ptx_coef: float = 0.0
     whiten_advantages: bool = True
@@ -68,7 +73,7 @@ class PPO:
         """What is wrong with these constructor arguments, in words."""
         errors = [
             f"{name}: got {arguments[name]}, expected 0 or more"
-            for name in ("kl_coef", "ptx_coef", "value_clip")
+            for name in ("kl_coef", "ptx_coef", "value_coef", "value_clip")
             if (arguments[name] or 0.0) < 0.0
         ]
         errors += [
@@ -91,11 +96,15 @@ class PPOModule(AlignModule):
     another `sampler`.
 
     Args:
-        policy: What learns. A frozen copy of it, made here, is the KL reference (appendix C.3: the PPO init).
-        value: The value network, initialised from the reward model; learns as well.
-        reward: The reward model; frozen.
+        policy: What learns. The KL reference is what it was at first (appendix C.3: the PPO init): the policy without
+            its adapter where it has one (`lora`), else a frozen copy, made here.
+        value: The value network, initialised from the reward model; learns as well. Or what shall be put on the
+            policy in its place: see `align.models.trunk`.
+        reward: The reward model; frozen. Or an adapter for the policy's weights.
         sampler: Writes the responses.
         ppo: The algorithm's numbers.
+        quantise_reference: Keeps the copy in 8 or 4 bits. It is then no longer quite what the policy was, so KL does
+            not begin at 0.
         value_lr: Peak learning rate of the value network; null means `optim.lr`.
         tokenizer, optim, micro_batch_tokens, seed: See `AlignModule`.
     """
@@ -104,12 +113,13 @@ class PPOModule(AlignModule):
         self,
         *,
         policy: PreTrainedModel,
-        value: ScalarModel,
-        reward: ScalarModel,
+        value: ScalarModel | Head | Adapter,
+        reward: ScalarModel | Adapter,
         sampler: Sampler,
         tokenizer: PreTrainedTokenizerBase,
         optim: Optim,
         ppo: PPO,
+        quantise_reference: Bits | None = None,
         value_lr: float | None = None,
         micro_batch_tokens: int = 8192,
         seed: int = 0,
@@ -120,17 +130,16 @@ class PPOModule(AlignModule):
                 f"sampler.temperature: got {sampler.temperature}, expected a positive number: PPO must sample; "
                 "InstructGPT uses 1.0"
             )
-        self.policy, self.value = policy, value
-        self.reference = frozen(copy.deepcopy(policy))
-        self.reward = frozen(reward)
+        self.policy = policy
+        self.reference = _reference(policy, quantise_reference)
+        self.value = value.on(policy, "value", trained=True) if isinstance(value, Head | Adapter) else value
+        self.reward = frozen(reward.on(policy, "reward", trained=False) if isinstance(reward, Adapter) else reward)
         self.sampler = sampler
         self.ppo = ppo
         self.value_lr = value_lr
         self.kl_coef = ppo.kl_coef
         self._collecting: Stats = {}
         self._begun: float | None = None
-        self._frozen: dict[str, str] = {}
-        self.strict_loading = False  # the frozen models are not in checkpoints
 
     def networks(self) -> Mapping[str, nn.Module]:
         """See `AlignModule`."""
@@ -278,21 +287,35 @@ class PPOModule(AlignModule):
             episodes = replace(episodes, advantages=self._whitened(episodes, count))
         groups = forward.micro_batches(episodes.completions.lengths, self.micro_batch_tokens)
         for part in self.parts(episodes, groups):
-            mask = part.mask
             ids, scored = response_tokens(part.completions)
-            logprobs = forward.by_response(
-                forward.token_logprobs(self.policy, ids, scored, self.sampler.temperature), mask
-            )
-            values = forward.by_response(forward.token_values(self.value, ids, scored), mask)
-            policy_loss, policy_stats = losses.policy_loss(
-                logprobs, part.logprobs, part.advantages, mask, clip=self.ppo.clip, count=count
-            )
-            value_loss, value_stats = self.value_loss(values, part, count)
-            stats = {f"policy/{name}": value for name, value in policy_stats.items()}
-            stats |= {f"value/{name}": value for name, value in value_stats.items()}
-            stats["policy/ratio_max"] = losses.ratio_max(logprobs, part.logprobs, mask)
-            stats |= {"policy/loss": policy_loss.detach(), "value/loss": value_loss.detach()}
-            yield policy_loss + value_loss, stats
+            if one_pass(self.value):
+                logprobs, values = forward.token_logprobs_and_values(
+                    self.policy, self.value, ids, scored, self.sampler.temperature
+                )
+                (policy_loss, policy_stats), (value_loss, value_stats) = (
+                    self.policy_piece(logprobs, part, count), self.value_piece(values, part, count)
+                )  # fmt: skip
+                yield policy_loss + value_loss, policy_stats | value_stats
+            else:  # one graph after the other: less memory
+                logprobs = forward.token_logprobs(self.policy, ids, scored, self.sampler.temperature)
+                yield self.policy_piece(logprobs, part, count)
+                with self.value.in_use():
+                    yield self.value_piece(forward.token_values(self.value, ids, scored), part, count)
+
+    def policy_piece(self, logprobs: Float[Tensor, " tokens"], part: Rollout, count: Tensor) -> tuple[Tensor, Stats]:
+        """Clipped policy loss of a micro-batch, and what it says of the update."""
+        laid_out = forward.by_response(logprobs, part.mask)
+        loss, stats = losses.policy_loss(
+            laid_out, part.logprobs, part.advantages, part.mask, clip=self.ppo.clip, count=count
+        )
+        stats |= {"ratio_max": losses.ratio_max(laid_out, part.logprobs, part.mask), "loss": loss.detach()}
+        return loss, {f"policy/{name}": value for name, value in stats.items()}
+
+    def value_piece(self, values: Float[Tensor, " tokens"], part: Rollout, count: Tensor) -> tuple[Tensor, Stats]:
+        """Value loss of a micro-batch, with its weight; logged without."""
+        loss, stats = self.value_loss(forward.by_response(values, part.mask), part, count)
+        stats |= {"loss": loss.detach()}
+        return self.ppo.value_coef * loss, {f"value/{name}": value for name, value in stats.items()}
 
     def _whitened(self, episodes: Rollout, count: Tensor) -> Float[Tensor, "batch response"]:
         """Advantages with mean 0 and variance 1 over the minibatch, of which this rank has a part."""
@@ -340,31 +363,26 @@ class PPOModule(AlignModule):
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps β, and of the frozen models, which the configuration names, only what tells them from others."""
+        """Keeps β too."""
         super().on_save_checkpoint(checkpoint)
         checkpoint["kl_coef"] = self.kl_coef
-        checkpoint["frozen"] = self._frozen_fingerprints()
-        weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {
-            name: value for name, value in weights.items() if not name.startswith(("reference.", "reward."))
-        }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Restores β.
-
-        Raises:
-            ValueError: The reference or the reward model is not the one the run began with.
-        """
+        """Restores β too."""
         super().on_load_checkpoint(checkpoint)
         self.kl_coef = checkpoint["kl_coef"]
-        changed = [name for name, found in self._frozen_fingerprints().items() if checkpoint["frozen"][name] != found]
-        if changed:
-            raise ValueError(
-                f"the weights of the {' and the '.join(changed)} model are not those that the run began with; give it "
-                "the same folders again, or begin anew with overwrite=true"
-            )
 
-    def _frozen_fingerprints(self) -> dict[str, str]:
-        if not self._frozen:
-            self._frozen = {"reference": fingerprint(self.reference), "reward": fingerprint(self.reward)}
-        return self._frozen
+
+def _reference(policy: PreTrainedModel, bits: Bits | None) -> PreTrainedModel | None:
+    """A frozen copy of the policy; None: it is the policy without its adapter."""
+    if not adapters.present(policy):
+        reference = frozen(copy.deepcopy(policy))
+        if bits is not None:
+            quantise_model(reference, bits)
+        return reference
+    if bits is not None:
+        raise ValueError(
+            f"quantise_reference: got {bits}, but with lora the reference is the policy without its adapter; "
+            "module.policy.quantise keeps the weights of both in few bits"
+        )
+    return None

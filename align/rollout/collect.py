@@ -4,6 +4,7 @@ Each is made in the micro-batches in which the update will see the same episodes
 first minibatch's ratio π/π_old is exactly 1 and the KL to an equal reference exactly 0.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.models import forward, sharding
+from align.models import adapters, forward, sharding
 from align.models.heads import ScalarModel
 from align.types import Completions, Record
 
@@ -41,7 +42,7 @@ def token_passes(
     completions: Completions,
     *,
     policy: PreTrainedModel,
-    reference: PreTrainedModel,
+    reference: PreTrainedModel | None,
     value: ScalarModel,
     temperature: float,
     minibatch: int,
@@ -52,7 +53,7 @@ def token_passes(
     Args:
         completions: The episodes, in the order in which minibatches will be cut from them.
         policy: π_old.
-        reference: π_ref.
+        reference: π_ref; None: the policy without its adapter.
         value: V.
         temperature: The one the responses were sampled at.
         minibatch: Episodes in a minibatch.
@@ -78,17 +79,20 @@ def token_passes(
     logprobs, entropies = over_all(
         policy, lambda ids, scored: forward.token_logprobs_and_entropies(policy, ids, scored, temperature)
     )
-    (ref_logprobs,) = over_all(
-        reference, lambda ids, scored: (forward.token_logprobs(reference, ids, scored, temperature),)
-    )
-    (values,) = over_all(value, lambda ids, scored: (forward.token_values(value, ids, scored),))
+    other = policy if reference is None else reference
+    with adapters.using(policy, None) if reference is None else contextlib.nullcontext():
+        (ref_logprobs,) = over_all(
+            other, lambda ids, scored: (forward.token_logprobs(other, ids, scored, temperature),)
+        )
+    with value.in_use():
+        (values,) = over_all(value.hf, lambda ids, scored: (forward.token_values(value, ids, scored),))
     return TokenPasses(logprobs, entropies, ref_logprobs, values)
 
 
 def reward_scores(reward: ScalarModel, completions: Completions, micro_batch_tokens: int) -> Float[Tensor, " batch"]:
     """The reward model's score of each whole response, EOS included."""
     scores = torch.zeros(len(completions.ids), device=completions.ids.device)
-    with sharding.gathered(reward):
+    with sharding.gathered(reward.hf), reward.in_use():
         for group in forward.micro_batches(completions.lengths, micro_batch_tokens):
             part = completions.rows_at(group)
             scores[group] = forward.final_scores(reward, forward.fitted(part.ids, part.lengths), part.lengths)
