@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, inject_adapter_in_model
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -30,7 +28,8 @@ from align.models.quantised import QuantisedLinear, restored
 OWN = "default"
 """The adapter that a model is loaded with, and exported with."""
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+WEIGHTS = "adapter_model.safetensors"
 """The files of an adapter's folder, as peft names them."""
 
 PREFIX = "base_model.model."
@@ -84,6 +83,8 @@ def add(model: PreTrainedModel, lora: LoRA, *, name: str = OWN, seed: int = 0) -
     others = list(_layers(model).values())
     in_use = others[0].active_adapters if others else [name]
     before = {parameter: parameter.requires_grad and bool(others) for parameter in model.parameters()}
+    from peft import inject_adapter_in_model  # takes a second
+
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`")
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute in the model")
@@ -103,7 +104,7 @@ def add(model: PreTrainedModel, lora: LoRA, *, name: str = OWN, seed: int = 0) -
 
 def present(model: nn.Module) -> bool:
     """Whether a model has adapters."""
-    return any(isinstance(module, LoraLayer) for module in model.modules())
+    return any(_is_adapted(module) for module in model.modules())
 
 
 @contextlib.contextmanager
@@ -238,7 +239,9 @@ def read(model: PreTrainedModel, folder: Path, *, name: str, trained: bool) -> d
 _PARTS = ("lora_A", "lora_B")
 
 
-def _config(lora: LoRA, targets: list[str]) -> LoraConfig:
+def _config(lora: LoRA, targets: list[str]) -> Any:
+    from peft import LoraConfig
+
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)  # type: ignore[arg-type]
 
 
@@ -251,8 +254,13 @@ def _set(model: PreTrainedModel, place: str, parameter: nn.Parameter, value: Ten
         parameter.detach().copy_(value)
 
 
-def _layers(model: nn.Module) -> dict[str, LoraLayer]:
-    return {path: module for path, module in model.named_modules() if isinstance(module, LoraLayer)}
+def _is_adapted(module: nn.Module) -> bool:
+    """Whether it is one of peft's `LoraLayer`."""
+    return isinstance(getattr(module, "lora_A", None), nn.ModuleDict)
+
+
+def _layers(model: nn.Module) -> dict[str, Any]:
+    return {path: module for path, module in model.named_modules() if _is_adapted(module)}
 
 
 def _use(model: nn.Module, names: list[str]) -> None:
@@ -265,10 +273,8 @@ def _use(model: nn.Module, names: list[str]) -> None:
 
 def _targets(model: PreTrainedModel, lora: LoRA) -> list[str]:
     """The last names of the layers that get an adapter."""
-    kinds = (nn.Linear, Conv1D, LoraLayer)
-    inside = [
-        path for block in sharding.blocks(model) for path, part in block.named_modules() if isinstance(part, kinds)
-    ]
+    parts = (item for block in sharding.blocks(model) for item in block.named_modules())
+    inside = [path for path, part in parts if isinstance(part, nn.Linear | Conv1D) or _is_adapted(part)]
     known = sorted({path.rpartition(".")[2] for path in inside if ".lora_" not in path} - {"base_layer"})
     wrong = [target for target in lora.targets or () if target not in known]
     if wrong or not known:
