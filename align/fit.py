@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
-from align import cli, distributed, interrupt, launch, loggers, plan, precision, resume
+from align import cli, distributed, interrupt, launch, loggers, memory, precision, resume
 from align.atomic import folder_written_whole
 from align.build import build
 from align.callbacks.checkpoint import Checkpoints
@@ -30,7 +30,7 @@ from align.interrupt import Interrupted
 from align.models import deferred, sharding
 from align.modules.base import AlignModule
 from align.schema import TARGET
-from align.strategy import DDP, FSDP
+from align.strategy import DDP
 
 PROG = "python -m align.fit"
 
@@ -150,7 +150,7 @@ def _say(text: str) -> None:
 
 def _train(config: DictConfig, start: resume.Start) -> int:
     """Builds, trains from the given start, and exports; returns the number of optimizer steps done in all."""
-    run_dir, before = Path(config.run_dir), plan.used()
+    run_dir, before = Path(config.run_dir), memory.used()
     with _folder(config, start) as begins:
         seed_everything(config.seed, workers=True, verbose=False)
         with deferred.weights() if _shards(config) else contextlib.nullcontext():
@@ -172,7 +172,7 @@ def _train(config: DictConfig, start: resume.Start) -> int:
                 trainer.fit(module, datamodule=data, ckpt_path=start.checkpoint)
         export(module, run_dir / "hf")
     if planned is not None:
-        _say(f"{run_dir}: needed {plan.shown(plan.needed(before))} of memory, {plan.shown(planned.peak)} planned")
+        _say(f"{run_dir}: needed {memory.shown(memory.needed(before))} of memory, {memory.shown(planned.peak)} planned")
     return trainer.global_step
 
 
@@ -241,24 +241,20 @@ def build_trainer(config: DictConfig, further: Sequence[Callback], opened: list[
     return trainer
 
 
-def memory_plan(module: LightningModule, data: LightningDataModule, trainer: Trainer) -> plan.Plan | None:
+def memory_plan(module: LightningModule, data: LightningDataModule, trainer: Trainer) -> memory.Plan | None:
     """What the run will need, where that is of interest and can be known."""
     if not isinstance(module, AlignModule) or sum(p.numel() for p in module.parameters()) < WORTH_A_PLAN:
         return None
-    strategy, sampler = trainer.strategy, getattr(module, "sampler", None)
-    lengths = [getattr(data, "max_prompt_tokens", None), getattr(sampler, "max_new_tokens", None)]
-    at_once = getattr(sampler, "batch_size", None)
-    setting = plan.Setting(
-        ranks=trainer.world_size,
-        sharded=isinstance(strategy, FSDP),
-        reshard=isinstance(strategy, FSDP) and strategy.reshard_after_forward,
-        dtype=torch.bfloat16 if trainer.precision == "bf16-mixed" else None,
-        tokens=module.micro_batch_tokens,
-        decoding=(at_once, sum(lengths)) if at_once and None not in lengths else None,  # type: ignore[arg-type]
-        optimizer=module.optim.name,
-    )
     try:
-        return plan.plan(module, setting)
+        setting = memory.setting_of(
+            module,
+            data,
+            ranks=trainer.world_size,
+            strategy=trainer.strategy,
+            precision=str(trainer.precision),
+            gpu=trainer.strategy.root_device.type == "cuda",
+        )
+        return memory.plan(module, setting)
     except (RuntimeError, TypeError, ValueError, AttributeError) as error:  # a model that runs on real tensors only
         _say(f"memory plan: not known, {type(error).__name__}: {str(error).splitlines()[0]}")
         return None

@@ -28,9 +28,9 @@ LAYERS = (
     ("models", "data", "optim"),
     ("rollout",),
     ("modules",),
-    ("callbacks", "strategy", "plan"),
+    ("callbacks", "strategy", "traced", "memory"),
     ("schema", "inputs", "overrides", "loggers", "config", "build", "cli", "precision", "launch"),
-    ("measure", "tables", "resume", "fit", "sample", "evaluate", "export"),
+    ("measure", "tables", "resume", "fit", "sample", "evaluate", "export", "plan"),
 )
 """Files and packages of align, the lowest first. Each may import what stands in its own layer and below."""
 

@@ -148,6 +148,21 @@ def final_scores(
     return sharding.run(model.hf, lambda hf: _scalar(model, _hidden(hf, ids)[rows, lengths - 1]))
 
 
+def every_logprob(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Float[Tensor, " tokens"]:
+    """`token_logprobs` of all tokens but the first of each row, of a model whose logits are plain.
+
+    Asks for no number in a tensor, so it runs on tensors without contents too (`align.traced`).
+    """
+    inputs = _hidden(model, ids)[:, :-1].flatten(0, 1)
+    vocab = model.config.get_text_config().vocab_size
+    return _in_chunks(_unembedding(model), inputs, ids[:, 1:].flatten(), _logprobs_of, temperature=1.0, vocab=vocab)
+
+
+def every_value(model: ScalarModel, ids: Int[Tensor, "batch time"]) -> Float[Tensor, " tokens"]:
+    """`token_values` of all tokens but the first of each row; see `every_logprob`."""
+    return _scalar(model, _hidden(model.hf, ids)[:, :-1].flatten(0, 1))
+
+
 def fitted(columns: Shaped[Tensor, "batch time"], lengths: Int[Tensor, " batch"]) -> Shaped[Tensor, "batch fitted"]:
     """Ids or a mask without the columns that are padding in every row."""
     return columns[:, : int(lengths.max())]
@@ -206,11 +221,24 @@ def _in_chunks(
 ) -> Tensor:
     """`function(head(inputs) / temperature, targets)`, never of more than `LOGITS_PER_CHUNK` logits at once."""
 
+    vocab = model.config.get_text_config().vocab_size
+    return _in_chunks(head, inputs, targets, function, temperature=temperature, vocab=vocab)
+
+
+def _in_chunks(
+    head: nn.Module,
+    inputs: Float[Tensor, "tokens _"],
+    targets: Int[Tensor, " tokens"],
+    function: Callable[[Float[Tensor, "tokens vocab"], Int[Tensor, " tokens"]], Tensor],
+    *,
+    temperature: float,
+    vocab: int,
+) -> Tensor:
     def chunk(inputs: Tensor, targets: Tensor) -> Tensor:
         logits = head(inputs).float()
         return function(logits / temperature if temperature != 1.0 else logits, targets)
 
-    size = max(1, LOGITS_PER_CHUNK // model.config.get_text_config().vocab_size)
+    size = max(1, LOGITS_PER_CHUNK // vocab)
     if len(targets) <= size:
         return chunk(inputs, targets)
     if not torch.is_grad_enabled():

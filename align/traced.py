@@ -1,0 +1,259 @@
+"""What a pass over a model holds in memory, found by making it on tensors without contents.
+
+Every operation is dispatched as in a run and nothing is computed, so a model of any size is traced on any machine in
+seconds, without its weights. What is counted is every tensor from when it is made until it is freed: what the backward
+pass needs, what it makes on the way, gradients of a tied matrix that wait to be added up. What a kernel uses inside
+itself is not seen.
+"""
+
+import contextlib
+import copy
+import gc
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import DynamicCache, PreTrainedModel
+
+from align.models import forward, sharding
+from align.models.heads import ScalarModel
+from align.rollout.sampler import draw
+
+Network = PreTrainedModel | ScalarModel
+
+TYPICAL_LENGTH = 512
+"""Tokens of a sequence in the pass that is counted; what is held hardly depends on it."""
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """How a model is computed.
+
+    Attributes:
+        dtype: Of the arithmetic, where it is not that of the weights.
+        sharded: Weights come gathered in `dtype`, gradients leave block by block.
+        gpu: On a GPU, whose attention takes any number format (`align.models.attention`).
+    """
+
+    dtype: torch.dtype | None = None
+    sharded: bool = False
+    gpu: bool = False
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What one holds, in bytes, beside weights and gradients.
+
+    Attributes:
+        casts: Weights once more, in the arithmetic's number format; autocast keeps them for the whole step.
+        kept: When the forward pass has ended: what the backward pass needs.
+        passing: The most that is there beyond that at any time.
+    """
+
+    casts: int
+    kept: int
+    passing: int
+
+
+class Watch(TorchDispatchMode):
+    """Counts the bytes of the tensors made inside the block.
+
+    Attributes:
+        now: Of those that are there.
+        most: Of those that were there at a time, ever.
+        backward: Whether this is a backward pass.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now, self.most, self.backward = 0, 0, False
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Every operation comes by here."""
+        self.most = max(self.most, self.now)
+        out = func(*args, **(kwargs or {}))
+        # Autograd adds gradients up in place, save those of tensors like these: there the old one is freed right after.
+        sums = self.backward and func is torch.ops.aten.add.Tensor and not torch.is_grad_enabled()
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._count(tensor)
+        if not sums:
+            self.most = max(self.most, self.now)
+        return out
+
+    def ignore(self, tensors: Iterator[Tensor]) -> None:
+        """Leaves tensors out that were made before."""
+        self._known |= {tensor.untyped_storage()._cdata for tensor in tensors}
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        number = storage._cdata
+        if number in self._known:
+            return
+        self._known.add(number)
+        self.now += storage.nbytes()
+        weakref.finalize(storage, self._gone, number, storage.nbytes())
+
+    def _gone(self, number: int, size: int) -> None:
+        self._known.discard(number)
+        self.now -= size
+
+
+def learning(network: Network, tokens: int, arithmetic: Arithmetic) -> Pass:
+    """A micro-batch's forward and backward pass, as a module makes it that has made others before in this step.
+
+    Args:
+        network: In its training mode; on any device, also without weights.
+        tokens: Of the micro-batch.
+        arithmetic: How it is computed.
+    """
+    with _hollow(network, arithmetic) as (model, watch):
+        sends = _sent_block_by_block(model, watch) if arithmetic.sharded else _added_up(model, watch)
+        ids = _ids(tokens, _inner(model))
+        casts = _casts(model, watch, ids)
+        watch.most = watch.now
+        loss = _outputs(model, ids).sum()
+        kept = watch.now - casts
+        watch.backward = True
+        loss.backward()
+        del loss
+        sends()
+        return Pass(casts, kept, watch.most - kept - casts)
+
+
+def scoring(network: Network, tokens: int, arithmetic: Arithmetic) -> Pass:
+    """A micro-batch's forward pass without gradients."""
+    with _hollow(network, arithmetic) as (model, watch), torch.no_grad():
+        model.eval()
+        ids = _ids(tokens, _inner(model))
+        casts = _casts(model, watch, ids)
+        watch.most = watch.now
+        _outputs(model, ids)
+        return Pass(casts, 0, watch.most - casts)
+
+
+def writing(model: PreTrainedModel, sequences: int, prompt: int, response: int, arithmetic: Arithmetic) -> Pass:
+    """Answering prompts: the pass over them, and the last step, when the cache of keys and values is fullest.
+
+    Args:
+        model: The policy.
+        sequences: Answered at a time.
+        prompt: Tokens of each prompt.
+        response: Tokens of each response.
+        arithmetic: How it is computed.
+    """
+    with _hollow(model, arithmetic) as (policy, watch), torch.no_grad():
+        policy.eval()
+        casts = _casts(policy, watch, torch.zeros((1, 2), dtype=torch.long))
+        watch.most = watch.now
+        cache, points = DynamicCache(config=policy.config), torch.zeros(sequences, dtype=torch.float64)
+
+        def step(length: int, seen: int) -> None:
+            ids, mask = torch.zeros((sequences, length), dtype=torch.long), torch.ones((sequences, seen + length))
+            out = policy(
+                input_ids=ids, attention_mask=mask.long(), position_ids=ids, past_key_values=cache, use_cache=True,
+                logits_to_keep=1,
+            )  # fmt: skip
+            draw(out.logits[:, -1].float(), 0.5, points)
+
+        step(prompt, 0)
+        for number, layer in enumerate(cache.layers):
+            filled = [part.new_zeros(*part.shape[:2], max(0, response - 2), part.shape[3])
+                      for part in (layer.keys, layer.values)]  # fmt: skip
+            cache.update(*filled, number)
+            del filled
+        step(1, prompt + max(0, response - 2))
+        return Pass(casts, 0, watch.most - casts)
+
+
+@contextlib.contextmanager
+def _hollow(network: Network, arithmetic: Arithmetic) -> Iterator[tuple[Any, Watch]]:
+    """The network with tensors without contents in it, the arithmetic switched on, and what counts new tensors."""
+    mode, watch, instead = FakeTensorMode(), Watch(), {}
+    with mode, torch.device("cpu"):
+        for parameter in network.parameters():
+            gathered = arithmetic.dtype if arithmetic.sharded else None
+            empty = torch.empty(parameter.shape, dtype=gathered or parameter.dtype)
+            instead[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+        for buffer in network.buffers():
+            instead[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
+    own = list(instead.values())
+    model = copy.deepcopy(network, instead)
+    if arithmetic.gpu and _inner(model).config._attn_implementation != "eager":
+        _inner(model).set_attn_implementation("sdpa")
+    watch.ignore(iter(own))
+    autocast = torch.autocast("cpu", arithmetic.dtype, enabled=arithmetic.dtype is not None)
+    with mode, torch.device("cpu"), watch, autocast:
+        yield model, watch
+
+
+def _outputs(model: Network, ids: Tensor) -> Tensor:
+    return forward.every_value(model, ids) if isinstance(model, ScalarModel) else forward.every_logprob(model, ids)
+
+
+def _casts(model: Network, watch: Watch, ids: Tensor) -> int:
+    """What autocast keeps of the weights, which the first pass of a step leaves behind."""
+    before = watch.now
+    _outputs(model, ids[:1, :2])
+    gc.collect()
+    return watch.now - before
+
+
+def _ids(tokens: int, model: PreTrainedModel) -> Tensor:
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or TYPICAL_LENGTH
+    rows = max(1, tokens // min(TYPICAL_LENGTH, longest))
+    return torch.zeros((rows, max(2, tokens // rows)), dtype=torch.long)
+
+
+def _inner(network: Network) -> PreTrainedModel:
+    inner = network.hf if isinstance(network, ScalarModel) else network
+    assert isinstance(inner, PreTrainedModel)
+    return inner
+
+
+def _added_up(model: nn.Module, watch: Watch) -> Callable[[], None]:
+    """Gradients are there, of earlier micro-batches."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.empty_like(parameter)
+    watch.ignore(parameter.grad for parameter in model.parameters() if parameter.grad is not None)
+    watch.now = 0
+    return lambda: None
+
+
+def _sent_block_by_block(model: nn.Module, watch: Watch) -> Callable[[], None]:
+    """What FSDP does with whole gradients: a block's are sent off in float32 when all are there, the others last.
+
+    A message's buffer is kept until the next one is sent.
+    """
+    sent: list[Tensor] = []
+
+    def send(parameters: list[nn.Parameter]) -> None:
+        sent.append(torch.empty(sum(p.numel() for p in parameters), dtype=torch.float32))
+        for parameter in parameters:
+            parameter.grad = None
+        del sent[:-1]
+
+    inner = _inner(model)  # type: ignore[arg-type]
+    rest = {parameter: None for parameter in inner.parameters() if parameter.requires_grad}
+    for block in sharding.blocks(inner):
+        own = [parameter for parameter in block.parameters() if parameter.requires_grad]
+
+        def arrived(_: Tensor, own: list[nn.Parameter] = own) -> None:
+            if all(parameter.grad is not None for parameter in own):
+                send(own)
+
+        for parameter in own:
+            parameter.register_post_accumulate_grad_hook(arrived)
+            del rest[parameter]
+
+    return lambda: send(list(rest))

@@ -1,0 +1,92 @@
+"""What a plan counts, beside the tensors that are really made."""
+
+import pytest
+import tiny
+import torch
+
+from align import memory, traced
+from align.modules.sft import SFTModule
+from align.optim import Optim
+from align.traced import Arithmetic
+
+
+def module(name: str = "adamw", **changes: object) -> SFTModule:
+    model = tiny.llama(hidden_size=128, intermediate_size=256, **changes).train()
+    optim = Optim(lr=1e-3, name=name)  # type: ignore[arg-type]
+    return SFTModule(model=model, tokenizer=tiny.tokenizer(), optim=optim, micro_batch_tokens=512)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit", "lion", "lion8bit"])
+def test_weights_gradients_and_optimizer_state_are_exact(name: str) -> None:
+    one = module(name)
+    (share,) = memory.plan(one, memory.Setting(tokens=512, optimizer=name)).shares
+    optimizer, _ = one.optim.build(one.networks(), steps=1)
+    for parameter in one.model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert share.weights == sum(t.nbytes for t in (*one.model.parameters(), *one.model.buffers()))
+    assert share.gradients == sum(p.grad.nbytes for p in one.model.parameters() if p.grad is not None)
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    made = sum(value.nbytes for value in states if isinstance(value, torch.Tensor) and value.ndim)
+    assert share.optimizer == pytest.approx(made, rel=0.01)
+
+
+def test_what_is_shared_falls_with_the_number_of_ranks() -> None:
+    one = module()
+    alone, shared = (memory.plan(one, memory.Setting(ranks=n, sharded=n > 1, tokens=512)) for n in (1, 4))
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(shared.shares[0], name) == pytest.approx(getattr(alone.shares[0], name) / 4, rel=0.02)
+    assert shared.shares[0].activations == alone.shares[0].activations
+    blocks = [sum(p.nbytes for p in block.parameters()) for block in one.model.model.layers]
+    whole = sum(p.nbytes for p in one.model.parameters())
+    assert shared.gathered == whole - sum(blocks) + 2 * max(blocks) and alone.gathered == 0
+
+
+def test_activations_grow_with_tokens_and_shrink_by_checkpointing() -> None:
+    one = module(num_hidden_layers=8)
+    few, many = (traced.learning(one.model, tokens, Arithmetic()).kept for tokens in (512, 2048))
+    assert many == pytest.approx(4 * few, rel=0.02)
+    one.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    assert traced.learning(one.model, 512, Arithmetic()).kept < 0.3 * few
+    assert one.model.is_gradient_checkpointing
+
+
+def test_a_tied_matrix_has_a_gradient_that_waits_for_the_other() -> None:
+    """Of 16,384 tokens x 16 numbers, in float32; with 2 tokens there is hardly anything else."""
+    sizes = {"vocab_size": 16384, "hidden_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
+    for tied, matrices in ((True, 2), (False, 1)):
+        step = traced.learning(tiny.llama(tied=tied, **sizes).train(), 2, Arithmetic())
+        assert (step.kept + step.passing) / (16384 * 16 * 4) == pytest.approx(matrices, abs=0.2)
+
+
+def test_mixed_precision_keeps_weights_once_more_and_half_the_activations() -> None:
+    model = tiny.llama(hidden_size=128, intermediate_size=1024, num_hidden_layers=4).train()
+    whole, mixed = (traced.learning(model, 512, Arithmetic(dtype, gpu=True)) for dtype in (None, torch.bfloat16))
+    products = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    assert whole.casts == 0 and mixed.casts == sum(2 * weight.numel() for weight in products)
+    assert 0.4 < mixed.kept / whole.kept < 0.7
+    gathered = traced.learning(model, 512, Arithmetic(torch.bfloat16, sharded=True, gpu=True))
+    assert gathered.casts == 0  # which come in bfloat16
+
+
+def test_nothing_is_computed_and_nothing_changes() -> None:
+    model = tiny.llama().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    traced.learning(model, 64, Arithmetic())
+    traced.writing(model, 2, 8, 4, Arithmetic())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters()) and model.training
+
+
+def test_responses_need_a_cache_of_all_their_tokens() -> None:
+    """Two layers of 2 heads of 8 numbers, keys and values, of 64 sequences of 256 tokens, in float32."""
+    model = tiny.llama(max_position_embeddings=512)
+    short, long = (traced.writing(model, 64, 8, response, Arithmetic()).passing for response in (56, 248))
+    assert long - short == pytest.approx(64 * 192 * 2 * 2 * 2 * 8 * 4, rel=0.5)
+    assert long > 64 * 255 * 2 * 2 * 2 * 8 * 4
+
+
+def test_a_plan_is_a_table() -> None:
+    lines = memory.plan(module(), memory.Setting(tokens=512)).lines()
+    assert lines[0].split() == ["memory", "per", "process", "weights", "gradients", "optimizer", "activations"]
+    assert lines[1].split()[0] == "model" and "at a time" in lines[-1]
