@@ -252,6 +252,8 @@ def memory_plan(module: LightningModule, data: LightningDataModule, trainer: Tra
         ranks=trainer.world_size,
         sharded=isinstance(strategy, FSDP),
         reshard=isinstance(strategy, FSDP) and strategy.reshard_after_forward,
+        offloaded=isinstance(strategy, FSDP) and strategy.cpu_offload and strategy.root_device.type != "cpu",
+        keeps_frozen=isinstance(strategy, FSDP) and strategy.keep_frozen,
         dtype=torch.bfloat16 if trainer.precision == "bf16-mixed" else None,
         tokens=module.micro_batch_tokens,
         decoding=(at_once, sum(lengths)) if at_once and None not in lengths else None,  # type: ignore[arg-type]

@@ -29,13 +29,18 @@ TYPICAL_LENGTH = 512
 
 @dataclass(frozen=True)
 class Share:
-    """What one network needs on a rank, in bytes."""
+    """What one network needs on a rank, in bytes.
+
+    Attributes:
+        offloaded: Weights, gradients and optimizer state are in CPU memory, beside a GPU that computes.
+    """
 
     name: str
     weights: int
     gradients: int = 0
     optimizer: int = 0
     activations: int = 0
+    offloaded: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,17 +62,17 @@ class Plan:
     @property
     def kept(self) -> int:
         """Between steps."""
-        return sum(share.weights + share.optimizer for share in self.shares)
+        return sum(share.weights + share.optimizer for share in self.shares if not share.offloaded)
 
     @property
     def update(self) -> int:
         """At the height of a step."""
-        rest = sum(share.gradients + share.activations for share in self.shares)
+        rest = sum(share.activations + share.gradients * (not share.offloaded) for share in self.shares)
         return self.kept + rest + self.logits + self.gathered
 
     @property
     def peak(self) -> int:
-        """The most at any time."""
+        """The most at any time, where it computes."""
         return max(self.update, self.kept + self.cache)
 
     def lines(self) -> list[str]:
@@ -85,6 +90,8 @@ class Plan:
         rest = [f"logits {shown(self.logits)}"]
         rest += [f"gathered {shown(self.gathered)}"] if self.gathered else []
         rest += [f"rollout {shown(self.cache)}"] if self.cache else []
+        apart = sum(one.weights + one.gradients + one.optimizer for one in self.shares if one.offloaded)
+        rest += [f"in CPU memory {shown(apart)}"] if apart else []
         return [*table, f"{', '.join(rest)}; at most {shown(self.peak)} at a time"]
 
 
@@ -96,6 +103,8 @@ class Setting:
         ranks: Processes.
         sharded: Weights are spread over them.
         reshard: Blocks are freed after their forward pass.
+        offloaded: What is sharded is in CPU memory, and a GPU computes.
+        keeps_frozen: Networks that do not learn are whole on every rank.
         dtype: Of the arithmetic, where it is not that of the weights.
         tokens: The most computed at once: `micro_batch_tokens`.
         decoding: Sequences answered at a time, and the most tokens of each; None without rollouts.
@@ -105,6 +114,8 @@ class Setting:
     ranks: int = 1
     sharded: bool = False
     reshard: bool = True
+    offloaded: bool = False
+    keeps_frozen: bool = False
     dtype: torch.dtype | None = None
     tokens: int = 8192
     decoding: tuple[int, int] | None = None
@@ -117,14 +128,16 @@ def plan(module: AlignModule, setting: Setting) -> Plan:
     shares, gathered, logits = [], 0, 0
     for name, network in _networks(module).items():
         inner = _inner(network)
-        weights = _bytes(inner, setting)
         if name not in trained:
-            shares.append(Share(name, weights))
+            whole = setting.sharded and setting.keeps_frozen
+            weights = _whole_bytes(inner, setting) if whole else _bytes(inner, setting)
+            shares.append(Share(name, weights, offloaded=setting.offloaded and not whole))
             continue
+        weights = _bytes(inner, setting)
         learning = sum(_own_bytes(p, setting, p.element_size()) for p in inner.parameters() if p.requires_grad)
         embeddings = {p for part in inner.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
         state = sum(_state_bytes(p, setting, p in embeddings) for p in inner.parameters() if p.requires_grad)
-        shares.append(Share(name, weights, learning, state, activations(inner, setting)))
+        shares.append(Share(name, weights, learning, state, activations(inner, setting), setting.offloaded))
         if setting.sharded:
             gathered += _gathered(inner, setting)
         if not isinstance(network, ScalarModel):

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from align import distributed
@@ -91,21 +92,27 @@ def source_of(model: PreTrainedModel) -> Source | None:
 
 @torch.no_grad()
 def fill(model: PreTrainedModel, device: torch.device) -> None:
-    """Reads this rank's rows of every sharded weight of a model that was made without."""
+    """Reads the weights of a model that was made without: this rank's rows of those that are sharded.
+
+    Args:
+        model: Sharded, or to be whole on every rank.
+        device: Where the weights shall be. Buffers stay where they are.
+    """
     source = source_of(model)
     if source is None:
         return
     # No file has them, or `make` would have refused; they are what the configuration makes them.
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = dict(model.named_buffers())
     model.to_empty(device=device)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
+    for name, buffer in buffers.items():
+        owner, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(owner), own_name, buffer)
     model.tie_weights()
     for name, parameter in model.named_parameters():
-        own = distributed.own_part(parameter)
-        per_rank = -(-parameter.shape[0] // distributed.world_size())
-        start = min(distributed.rank() * per_rank, parameter.shape[0])
-        own.copy_(source.rows(name, start, start + len(own)))
+        start, stop = 0, parameter.shape[0]
+        if isinstance(parameter, DTensor):
+            start, stop = distributed.own_rows(stop, parameter.device_mesh)
+        distributed.own_part(parameter).copy_(source.rows(name, start, stop))
     delattr(model, ATTRIBUTE)
 
 

@@ -157,7 +157,7 @@ def _over_logits(
     function: Callable[[Float[Tensor, "tokens vocab"], Int[Tensor, " tokens"]], Tensor],
 ) -> Tensor:
     """`function(logits, targets)` of the scored tokens, computing no other logits where the model allows it."""
-    plain = _has_plain_head(model)
+    plain = _has_plain_head(model, ids.device)
     return sharding.run(model, _function_of_logits, ids, mask, temperature, function, plain)
 
 
@@ -204,7 +204,7 @@ def _logprobs_and_hits_of(
     return torch.stack([_logprobs_of(logits, targets), (logits.argmax(-1) == targets).float()], dim=-1)
 
 
-def _has_plain_head(model: PreTrainedModel) -> bool:
+def _has_plain_head(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether the model's logits are its output embedding applied to its last hidden state and nothing more.
 
     Some families scale or cap the logits afterwards (Gemma 2, Cohere, Granite). One tiny pass tells, once a model;
@@ -212,12 +212,11 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
     """
     if model not in _plain_heads:
         with torch.no_grad(), evaluating(model), sharding.gathered(model):
-            _plain_heads[model] = sharding.run(model, _head_is_plain)
+            _plain_heads[model] = sharding.run(model, _head_is_plain, torch.arange(2, device=device)[None])
     return _plain_heads[model]
 
 
-def _head_is_plain(model: PreTrainedModel) -> bool:
-    ids = torch.arange(2, device=model.device)[None]
+def _head_is_plain(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> bool:
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return torch.equal(_unembedding(model)(hidden), model.forward(input_ids=ids, use_cache=False).logits)
 

@@ -45,6 +45,9 @@ DROPOUTS = (
 """The names under which transformers' decoder configurations keep a dropout probability."""
 
 
+FINGERPRINT = "align_fingerprint"
+"""Of a model whose weights were converted: the fingerprint they had before."""
+
 HASHED_AT_ONCE = 2**24
 """Weights; more would take too much memory as 64-bit integers."""
 
@@ -200,8 +203,18 @@ def frozen(model: AnyModel) -> AnyModel:
     return model.requires_grad_(False).eval()
 
 
+def convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Puts the weights of a frozen model into another number format; its fingerprint stays that of what was read."""
+    setattr(model, FINGERPRINT, fingerprint(model))
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+
+
 def fingerprint(model: nn.Module) -> str:
     """A digest of a model's weights, the same in whatever order and on however many threads it is computed."""
+    if (known := getattr(model, FINGERPRINT, None)) is not None:
+        return known
     digest = hashlib.blake2b(digest_size=16)
     for name, part in model.state_dict().items():
         tensor = distributed.whole_tensor(part)

@@ -65,7 +65,7 @@ def token_passes(
     ]
 
     def over_all(model: nn.Module, function: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
-        """The function's values of every episode, laid out by response; a sharded model is gathered for as long."""
+        """The function's values of every episode, laid out by response; a sharded model is whole until then."""
         found: list[Tensor] = []
         with sharding.gathered(model):
             for picked in groups:
@@ -73,6 +73,7 @@ def token_passes(
                 found = found or [torch.zeros(mask.shape, device=mask.device) for _ in values]
                 for out, flat in zip(found, values, strict=True):
                     out[picked] = forward.by_response(flat, mask[picked])
+        sharding.free(model)  # also where the caller has gathered it
         return found
 
     logprobs, entropies = over_all(

@@ -5,8 +5,10 @@ import tiny
 import torch
 
 from align import plan
+from align.modules.ppo import PPO, PPOModule
 from align.modules.sft import SFTModule
 from align.optim import Optim
+from align.rollout.sampler import DecodeSampler
 
 
 def module(name: str = "adamw", **changes: object) -> SFTModule:
@@ -39,6 +41,29 @@ def test_what_is_shared_falls_with_the_number_of_ranks() -> None:
     blocks = [sum(p.nbytes for p in block.parameters()) for block in one.model.model.layers]
     whole = sum(p.nbytes for p in one.model.parameters())
     assert shared.gathered == whole - sum(blocks) + 2 * max(blocks) and alone.gathered == 0
+
+
+def test_what_rests_in_cpu_memory_is_not_on_the_gpu() -> None:
+    one = module()
+    usual, apart = (plan.plan(one, plan.Setting(ranks=2, sharded=True, offloaded=o, tokens=512)) for o in (False, True))
+    (share,) = usual.shares
+    assert apart.kept == 0 and apart.update == usual.update - share.weights - share.gradients - share.optimizer
+    held = plan.shown(share.weights + share.gradients + share.optimizer)
+    assert f"in CPU memory {held}" in apart.lines()[-1] and "CPU" not in usual.lines()[-1]
+
+
+def test_frozen_models_that_stay_whole_count_whole() -> None:
+    one = PPOModule(
+        policy=tiny.llama(), value=tiny.scalar_model(), reward=tiny.scalar_model(), tokenizer=tiny.tokenizer(),
+        sampler=DecodeSampler(max_new_tokens=4), optim=Optim(lr=1e-3), ppo=PPO(),
+    )  # fmt: skip
+    found = {
+        keeps: {share.name: share.weights for share in plan.plan(one, plan.Setting(
+            ranks=2, sharded=True, keeps_frozen=keeps, dtype=torch.bfloat16, tokens=64)).shares}
+        for keeps in (False, True)
+    }  # fmt: skip
+    assert found[True]["reference"] == 2 * sum(p.numel() for p in one.reference.parameters())
+    assert found[False]["reference"] == found[False]["policy"] == found[True]["policy"]
 
 
 def test_activations_grow_with_tokens_and_shrink_by_checkpointing() -> None:
