@@ -141,10 +141,7 @@ def _blocks(shape: torch.Size) -> int:
 def _zeros(parameter: nn.Parameter, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
     if not isinstance(parameter, DTensor):
         return torch.zeros(shape, dtype=dtype, device=parameter.device)
-    own = torch.zeros((parameter.to_local().shape[0], shape[1]), dtype=dtype, device=parameter.device)
-    return DTensor.from_local(
-        own, parameter.device_mesh, parameter.placements, run_check=False, shape=torch.Size(shape), stride=(shape[1], 1)
-    )
+    return distributed.sharded_zeros(shape, dtype, mesh=parameter.device_mesh, device=parameter.device)
 
 
 def _filled(tensor: Float[Tensor, "rows *_"], columns: int) -> Float[Tensor, "rows columns"]:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Shard, empty
+from torch.distributed.tensor import DTensor
 
 from align import atomic, distributed
 from align.errors import RunError
@@ -89,7 +89,7 @@ class VerifiedCheckpointIO(CheckpointIO):
 
 
 def read(folder: Path, mesh: DeviceMesh | None = None) -> dict[str, Any]:
-    """The state in a checkpoint: whole tensors in CPU memory, sharded ones where the mesh computes.
+    """The state in a checkpoint, in CPU memory: who takes it over moves it, one tensor after another.
 
     Never runs code that a file contains.
 
@@ -224,7 +224,7 @@ def _put_back(tree: Any, shards: dict[str, Tensor], mesh: DeviceMesh | None) -> 
         if mesh is None:
             shards[tree[SHARDED]] = torch.empty(shape, dtype=dtype)
         else:
-            shards[tree[SHARDED]] = empty(shape, dtype=dtype, device_mesh=mesh, placements=[Shard(0)])
+            shards[tree[SHARDED]] = distributed.sharded_zeros(shape, dtype, mesh=mesh, device="cpu")
         return shards[tree[SHARDED]]
     if isinstance(tree, dict):
         return {key: _put_back(value, shards, mesh) for key, value in tree.items()}

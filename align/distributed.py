@@ -5,7 +5,7 @@ With a single process everything here is the identity. Knows torch's process gro
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -15,7 +15,8 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 
 from align.types import AnyRecord, joined
 
@@ -23,6 +24,9 @@ Value = TypeVar("Value")
 
 FOLLOWS = 76
 """The exit code of a rank that ends because the first one has failed, which says why."""
+
+ON_GPUS = "cpu:gloo,cuda:nccl"
+"""The backends of processes on GPUs: weights that rest in CPU memory, and plain objects, travel from there."""
 
 BUCKET_BYTES = 2**26
 """Gradients sent in one message: few messages, and little memory beside the gradients."""
@@ -54,7 +58,7 @@ def group(accelerator: str) -> Iterator[None]:
     os.environ["MASTER_ADDR"] = started_by.main_address
     os.environ["MASTER_PORT"] = str(started_by.main_port)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", rank=started_by.global_rank(), world_size=started_by.world_size()
+        ON_GPUS if on_gpu else "gloo", rank=started_by.global_rank(), world_size=started_by.world_size()
     )
     yield
     # Only where all went well: to end the group where something failed could wait for ranks that never come.
@@ -159,10 +163,43 @@ def own_part(tensor: Tensor) -> Tensor:
 
 
 def sharded_like(tensor: Tensor, other: Tensor) -> Tensor:
-    """This rank's part of a tensor that all ranks have, sharded as another is; as it is, if that is not sharded."""
-    if not isinstance(other, DTensor) or isinstance(tensor, DTensor):
+    """A tensor that all ranks have, or that is sharded, in the form of another: this rank's part of it, or whole."""
+    if not isinstance(other, DTensor):
+        return whole_tensor(tensor)
+    if isinstance(tensor, DTensor):
         return tensor
-    return distribute_tensor(tensor.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
+    part = sharded_zeros(tensor.shape, tensor.dtype, mesh=other.device_mesh, device=other.device)
+    start, stop = own_rows(len(tensor), other.device_mesh)
+    own_part(part).copy_(tensor[start:stop])
+    return part
+
+
+@torch.no_grad()
+def sharded_zeros(shape: Sequence[int], dtype: torch.dtype, *, mesh: DeviceMesh, device: torch.device | str) -> DTensor:
+    """Zeros, sharded along the first axis over a mesh with one axis.
+
+    Args:
+        shape: Of the whole tensor.
+        dtype: Of its numbers.
+        mesh: Whose ranks have equally many rows, the last ones fewer.
+        device: Where this rank's rows are: of weights that rest in CPU memory, not where the mesh computes.
+    """
+    start, stop = own_rows(shape[0], mesh)
+    # By way of the meta device, from which tensors may go to any: DTensor moves others to the device of its mesh.
+    own = torch.empty((stop - start, *shape[1:]), dtype=dtype, device="meta")
+    stride = torch.empty(tuple(shape), device="meta").stride()
+    sharded = DTensor.from_local(own, mesh, [Shard(0)], run_check=False, shape=torch.Size(shape), stride=stride)
+    made = torch.empty_like(sharded, device=device)
+    assert isinstance(made, DTensor)
+    made.to_local().zero_()
+    return made
+
+
+def own_rows(rows: int, mesh: DeviceMesh) -> tuple[int, int]:
+    """Where this rank's rows of a sharded tensor start and end."""
+    each = -(-rows // mesh.size())
+    start = min(mesh.get_local_rank() * each, rows)
+    return start, min(start + each, rows)
 
 
 def sum_gradients(parameters: Iterable[nn.Parameter]) -> None:

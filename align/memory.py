@@ -18,7 +18,10 @@ from align import traced
 from align.blockwise import BLOCK, pays
 from align.models import sharding
 from align.models.heads import ScalarModel
+from align.models.quantised import is_quantised
+from align.models.trunk import TrunkModel, one_pass
 from align.modules.base import AlignModule
+from align.optim import learning
 from align.strategy import FSDP
 from align.traced import Arithmetic, Network
 
@@ -35,6 +38,7 @@ class Share:
         optimizer: Its state.
         casts: Weights once more, in the number format of mixed precision, for as long as a step takes.
         activations: What the backward pass of a micro-batch needs of its forward pass.
+        offloaded: Weights, gradients and optimizer state are in CPU memory, beside a GPU that computes.
     """
 
     name: str
@@ -44,6 +48,12 @@ class Share:
     optimizer: int = 0
     casts: int = 0
     activations: int = 0
+    offloaded: bool = False
+
+    @property
+    def resting(self) -> int:
+        """What is there between steps, and gradients."""
+        return self.weights + self.gradients + self.optimizer
 
 
 @dataclass(frozen=True)
@@ -65,7 +75,7 @@ class Plan:
     @property
     def kept(self) -> int:
         """Between steps."""
-        return sum(share.weights + share.optimizer for share in self.shares)
+        return sum(share.weights + share.optimizer for share in self.shares if not share.offloaded)
 
     @property
     def casts(self) -> int:
@@ -74,18 +84,18 @@ class Plan:
 
     @property
     def activations(self) -> int:
-        """At a time: the networks that learn are computed together, and then their backward passes."""
-        return sum(share.activations for share in self.shares)
+        """At a time: the networks that learn are computed one after the other."""
+        return max(share.activations for share in self.shares)
 
     @property
     def update(self) -> int:
         """At the height of a step."""
-        gradients = sum(share.gradients for share in self.shares)
+        gradients = sum(share.gradients for share in self.shares if not share.offloaded)
         return self.kept + gradients + self.casts + self.activations + self.passing + self.gathered
 
     @property
     def peak(self) -> int:
-        """The most at any time."""
+        """The most at any time, where it computes."""
         return max(self.update, self.kept + self.casts + self.rollout if self.rollout else 0)
 
     def lines(self) -> list[str]:
@@ -103,6 +113,8 @@ class Plan:
         rest = [f"passing {shown(self.passing)}"]
         rest += [f"gathered {shown(self.gathered)}"] if self.gathered else []
         rest += [f"rollout {shown(self.rollout)}"] if self.rollout else []
+        apart = sum(share.resting for share in self.shares if share.offloaded)
+        rest += [f"in CPU memory {shown(apart)}"] if apart else []
         return [*table, f"{', '.join(rest)}; at most {shown(self.peak)} at a time"]
 
 
@@ -114,6 +126,8 @@ class Setting:
         ranks: Processes.
         sharded: Weights are spread over them.
         reshard: Blocks are freed after their forward pass.
+        offloaded: What is sharded is in CPU memory, and a GPU computes.
+        keeps_frozen: Networks that do not learn are whole on every rank.
         dtype: Of the arithmetic, where it is not that of the weights.
         gpu: It computes on GPUs.
         tokens: The most computed at once: `micro_batch_tokens`, or the longest sequence.
@@ -124,6 +138,8 @@ class Setting:
     ranks: int = 1
     sharded: bool = False
     reshard: bool = True
+    offloaded: bool = False
+    keeps_frozen: bool = False
     dtype: torch.dtype | None = None
     gpu: bool = False
     tokens: int = 8192
@@ -161,6 +177,8 @@ def setting_of(
         ranks=ranks,
         sharded=isinstance(strategy, FSDP),
         reshard=isinstance(strategy, FSDP) and strategy.reshard_after_forward,
+        offloaded=isinstance(strategy, FSDP) and strategy.cpu_offload and gpu,
+        keeps_frozen=isinstance(strategy, FSDP) and strategy.keep_frozen,
         dtype=torch.bfloat16 if precision == "bf16-mixed" else torch.float16 if precision == "16-mixed" else None,
         gpu=gpu,
         tokens=max(module.micro_batch_tokens, longest),
@@ -171,22 +189,28 @@ def setting_of(
 
 def plan(module: AlignModule, setting: Setting) -> Plan:
     """The memory of a module's run on each rank."""
-    trained = dict(module.networks())
+    learned: dict[str, list[nn.Parameter]] = {}
+    for name, parameters in learning(module.networks()):
+        learned.setdefault(name, []).extend(parameters)
     shares, gathered, passing = [], 0, 0
     for name, network in networks(module).items():
-        own = list(network.parameters())
-        count, weights = sum(p.numel() for p in own), _bytes(network, setting)
-        if name not in trained:
-            shares.append(Share(name, count, weights))
+        count = sum(parameter.numel() for parameter in _held(network))
+        if name not in learned:
+            whole = setting.sharded and setting.keeps_frozen and not isinstance(network, TrunkModel)
+            weights = _whole_bytes(network, setting) if whole else _bytes(network, setting)
+            shares.append(Share(name, count, weights, offloaded=setting.offloaded and not whole))
             continue
-        learning = [p for p in own if p.requires_grad]
         embeddings = {p for part in network.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
-        gradients = sum(_own_bytes(p, setting, p.element_size()) for p in learning)
-        state = sum(_state_bytes(p, setting, p in embeddings) for p in learning)
-        step = traced.learning(network, setting.tokens, setting.arithmetic)
-        shares.append(Share(name, count, weights, gradients, state, step.casts, step.kept))
+        gradients = sum(_own_bytes(p, setting, p.element_size()) for p in learned[name])
+        state = sum(_state_bytes(p, setting, p in embeddings) for p in learned[name])
+        if isinstance(network, ScalarModel) and one_pass(network):
+            step = traced.Pass(0, 0, 0)  # its pass is the policy's
+        else:
+            step = traced.learning(network, setting.tokens, setting.arithmetic)
+        weights = _bytes(network, setting)
+        shares.append(Share(name, count, weights, gradients, state, step.casts, step.kept, setting.offloaded))
         passing = max(passing, step.passing)
-        if setting.sharded:
+        if setting.sharded and not isinstance(network, TrunkModel):
             gathered += _gathered(inner(network), setting)
     return Plan(tuple(shares), passing, gathered, _rollout(networks(module), setting))
 
@@ -230,9 +254,14 @@ def _own_bytes(parameter: nn.Parameter, setting: Setting, each: int) -> int:
     return round(parameter.numel() * _own_rows(parameter, setting) * each)
 
 
+def _held(network: nn.Module) -> set[nn.Parameter]:
+    """The parameters that lie in a network: of one on another's trunk, its head alone."""
+    return {parameter for part in network.modules() for parameter in part.parameters(recurse=False)}
+
+
 def _bytes(model: nn.Module, setting: Setting) -> int:
     buffers = sum(buffer.nbytes for buffer in model.buffers())
-    return buffers + sum(_own_bytes(p, setting, p.element_size()) for p in model.parameters())
+    return buffers + sum(_own_bytes(p, setting, p.element_size()) for p in _held(model))
 
 
 def _state_bytes(parameter: nn.Parameter, setting: Setting, embedding: bool) -> int:
@@ -253,7 +282,7 @@ def _gathered(model: PreTrainedModel, setting: Setting) -> int:
 
 
 def _whole_bytes(model: nn.Module, setting: Setting) -> int:
-    each = setting.dtype.itemsize if setting.dtype is not None else None
+    each = setting.dtype.itemsize if setting.dtype is not None and not is_quantised(model) else None
     return sum(p.numel() * (each or p.element_size()) for p in model.parameters())
 
 
@@ -271,7 +300,7 @@ def _rollout(models: Mapping[str, Network], setting: Setting) -> int:
     needs = [written + _whole_bytes(policy, setting)]
     for network in _of_different_shapes(models.values()):
         scored = traced.scoring(network, setting.tokens, setting.arithmetic).passing
-        needs.append(scored + _whole_bytes(network, setting))
+        needs.append(scored + _whole_bytes(inner(network), setting))
     return max(needs)
 
 

@@ -90,7 +90,7 @@ class Optim:
             ValueError: Nothing in a network learns.
         """
         groups = []
-        for name, trained in _learning(networks):
+        for name, trained in learning(networks):
             shared = {"lr": (lrs or {}).get(name, self.lr), "name": name}
             matrices = [p for p in trained if p.ndim >= 2]
             vectors = [p for p in trained if p.ndim < 2]
@@ -111,7 +111,7 @@ class Optim:
         return optimizer, LambdaLR(optimizer, lambda step: self.fraction(step, steps))
 
 
-def _learning(networks: Mapping[str, nn.Module]) -> list[tuple[str, list[nn.Parameter]]]:
+def learning(networks: Mapping[str, nn.Module]) -> list[tuple[str, list[nn.Parameter]]]:
     """What each network learns, in the networks' order; what lies in another network apart, which may be sharded."""
     taken: set[nn.Parameter] = set()
     found = []

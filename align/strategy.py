@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
 from align import checkpoints, distributed
-from align.models import sharding
+from align.models import deferred, load, sharding
 from align.models.quantised import is_quantised
 from align.modules.base import AlignModule
 
@@ -44,28 +46,64 @@ class FSDP(ModelParallelStrategy):
     Args:
         reshard_after_forward: Frees each block's weights between its forward and its backward pass. False keeps them:
             one gathering less a step, and memory for whole models (their optimizer state stays sharded).
+        cpu_offload: Sharded weights, gradients and optimizer state rest in CPU memory, where the optimizer steps too;
+            the GPU has what is computed with. A single GPU can use it as well.
+        keep_frozen: Models without anything to train (PPO's reference and reward model) stay whole on every rank, in
+            the precision of the arithmetic: one gathering less of each in every rollout.
     """
 
-    def __init__(self, *, reshard_after_forward: bool = True) -> None:
+    def __init__(
+        self, *, reshard_after_forward: bool = True, cpu_offload: bool = False, keep_frozen: bool = False
+    ) -> None:
         super().__init__(tensor_parallel_size=1)
         self.reshard_after_forward = reshard_after_forward
+        self.cpu_offload = cpu_offload
+        self.keep_frozen = keep_frozen
 
     def setup_environment(self) -> None:
         """Makes the mesh: one axis over all ranks."""
         self._data_parallel_size = self.num_nodes * self.num_processes
+        if self.root_device.type == "cuda":  # a process that is alone has no group yet; see `distributed.group`
+            self._process_group_backend = distributed.ON_GPUS
         super().setup_environment()
 
     def shard(self, module: AlignModule) -> None:
-        """Shards every transformers model of a module; `AlignModule.configure_model` calls it."""
-        compute_dtype = torch.bfloat16 if self.precision_plugin.precision == "bf16-mixed" else None
-        for model in models_of(module):
-            sharding.shard(
-                model,
-                self.device_mesh["data_parallel"],
-                device=self.root_device,
-                compute_dtype=None if is_quantised(model) else compute_dtype,  # codes are no numbers to be rounded
-                reshard_after_forward=self.reshard_after_forward,
+        """Shards every transformers model of a module; `AlignModule.configure_model` calls it.
+
+        Raises:
+            ValueError: The loss would be scaled on the GPU and unscaled where the gradients are, which is elsewhere.
+        """
+        precision = self.precision_plugin.precision
+        if self.cpu_offload and precision == "16-mixed":
+            raise ValueError(
+                "trainer.precision: got 16-mixed with cpu_offload: true, whose gradients are in CPU memory, where "
+                "float16's scaling does not work; expected bf16-mixed or 32-true"
             )
+        compute_dtype = torch.bfloat16 if precision == "bf16-mixed" else None
+        for child in module.children():
+            whole = self.keep_frozen and not any(parameter.requires_grad for parameter in child.parameters())
+            for model in models_of(child):
+                dtype = None if is_quantised(model) else compute_dtype  # codes are no numbers to be rounded
+                if not whole:
+                    sharding.shard(
+                        model,
+                        self.device_mesh["data_parallel"],
+                        device=self.root_device,
+                        compute_dtype=dtype,
+                        reshard_after_forward=self.reshard_after_forward,
+                        cpu_offload=self.cpu_offload,
+                    )
+                    continue
+                deferred.fill(model, self.root_device)
+                if dtype is not None:
+                    load.convert(child, dtype)  # as sharded weights are when they are gathered
+
+    def model_to_device(self) -> None:
+        """Moves all but sharded weights, which are where they shall be."""
+        module = self.lightning_module
+        assert module is not None
+        module._apply(lambda tensor: tensor if isinstance(tensor, DTensor) else tensor.to(self.root_device))
+        _update_properties(module, device=self.root_device)  # what `module.device` says
 
     # Checkpoints: Lightning's own go around its CheckpointIO. Ours are the same tree as without sharding, in which the
     # tensors are sharded; `VerifiedCheckpointIO` knows how to write and read those.
@@ -117,8 +155,7 @@ class FSDP(ModelParallelStrategy):
 
 
 def models_of(module: nn.Module) -> list[PreTrainedModel]:
-    """The transformers models in a module, outermost ones only."""
-    found: list[PreTrainedModel] = []
-    for child in module.children():
-        found += [child] if isinstance(child, PreTrainedModel) else models_of(child)
-    return found
+    """The transformers models in a module, or it itself; outermost ones only."""
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return [found for child in module.children() for found in models_of(child)]

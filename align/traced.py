@@ -23,6 +23,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from align.models import forward, sharding
 from align.models.heads import ScalarModel
+from align.models.quantised import is_quantised
 from align.rollout.sampler import draw
 
 Network = PreTrainedModel | ScalarModel
@@ -180,11 +181,12 @@ def _hollow(network: Network, arithmetic: Arithmetic) -> Iterator[tuple[Any, Wat
     """The network with tensors without contents in it, the arithmetic switched on, and what counts new tensors."""
     mode, watch, instead = FakeTensorMode(), Watch(), {}
     with mode, torch.device("cpu"):
-        for parameter in network.parameters():
-            gathered = arithmetic.dtype if arithmetic.sharded else None
+        quantised = is_quantised(_inner(network))
+        for parameter in {*network.parameters(), *_inner(network).parameters()}:
+            gathered = arithmetic.dtype if arithmetic.sharded and not quantised else None
             empty = torch.empty(parameter.shape, dtype=gathered or parameter.dtype)
             instead[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        for buffer in network.buffers():
+        for buffer in {*network.buffers(), *_inner(network).buffers()}:
             instead[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
     own = list(instead.values())
     model = copy.deepcopy(network, instead)
@@ -197,7 +199,10 @@ def _hollow(network: Network, arithmetic: Arithmetic) -> Iterator[tuple[Any, Wat
 
 
 def _outputs(model: Network, ids: Tensor) -> Tensor:
-    return forward.every_value(model, ids) if isinstance(model, ScalarModel) else forward.every_logprob(model, ids)
+    if not isinstance(model, ScalarModel):
+        return forward.every_logprob(model, ids)
+    with model.in_use():
+        return forward.every_value(model, ids)
 
 
 def _casts(model: Network, watch: Watch, ids: Tensor) -> int:

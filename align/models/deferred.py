@@ -94,24 +94,32 @@ def source_of(model: PreTrainedModel) -> Source | None:
 
 @torch.no_grad()
 def fill(model: PreTrainedModel, device: torch.device) -> None:
-    """Reads every weight of a model that was made without; of sharded ones this rank's rows."""
+    """Reads the weights of a model that was made without: this rank's rows of those that are sharded.
+
+    Args:
+        model: Sharded, or to be whole on every rank.
+        device: Where the weights shall be. Buffers stay where they are.
+    """
     source = source_of(model)
     if source is None:
         return
     # No file has them, or `make` would have refused; they are what the configuration makes them.
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    buffers = dict(model.named_buffers())
     model.to_empty(device=device)
-    for name, buffer in model.named_buffers():
-        buffer.copy_(buffers[name])
+    for name, buffer in buffers.items():
+        owner, _, own_name = name.rpartition(".")
+        setattr(model.get_submodule(owner), own_name, buffer)
     model.tie_weights()
     layers = {path: module for path, module in model.named_modules() if isinstance(module, QuantisedLinear)}
     for name, parameter in model.named_parameters():
-        own, start = distributed.own_part(parameter), _first_row(parameter)
+        start, stop = 0, parameter.shape[0]
+        if isinstance(parameter, DTensor):
+            start, stop = distributed.own_rows(stop, parameter.device_mesh)
         layer, plain = layers.get(name.rpartition(".")[0]), name.replace(".base_layer.", ".")  # LoRA wraps layers
         if layer is None or name.endswith(".bias"):
-            own.copy_(source.rows(plain, start, start + len(own)))
+            distributed.own_part(parameter).copy_(source.rows(plain, start, stop))
         elif parameter is layer.weight:  # which is read together with its scales
-            layer.take(source.rows(plain, start, start + len(own), transposed=layer.transposed))
+            layer.take(source.rows(plain, start, stop, transposed=layer.transposed))
     delattr(model, ATTRIBUTE)
 
 
@@ -131,13 +139,6 @@ def value_of(model: PreTrainedModel, name: str) -> Tensor:
         whole = source.rows(f"{plain}.weight", 0, layer.out_features, transposed=layer.transposed)
         return quantised(whole, layer.bits)[last == "scales"]
     return source.rows(f"{plain}.{last}", 0, model.state_dict()[name].shape[0])
-
-
-def _first_row(parameter: nn.Parameter) -> int:
-    """Where this rank's rows begin."""
-    if not isinstance(parameter, DTensor):
-        return 0
-    return min(distributed.rank() * -(-parameter.shape[0] // distributed.world_size()), parameter.shape[0])
 
 
 def _tensor_files(path: str) -> dict[str, Path]:

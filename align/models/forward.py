@@ -114,12 +114,13 @@ def token_logprobs_and_values(
     temperature: float = 1.0,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
     """`token_logprobs` and `token_values` of a value head on the model itself, in one pass if the model allows it."""
-    if not _has_plain_head(model):
+    if not _has_plain_head(model, ids.device):
         return token_logprobs(model, ids, mask, temperature), token_values(value, ids, mask)
 
     def both(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         inputs, targets = _hidden(model, ids)[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]
-        logprobs = _in_chunks(model, _unembedding(model), inputs, targets, temperature, _logprobs_of)
+        head, vocab = _unembedding(model), _vocab(model)
+        logprobs = _in_chunks(head, inputs, targets, _logprobs_of, temperature=temperature, vocab=vocab)
         return logprobs, _scalar(value, inputs)
 
     return sharding.run(model, both)
@@ -154,8 +155,8 @@ def every_logprob(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Flo
     Asks for no number in a tensor, so it runs on tensors without contents too (`align.traced`).
     """
     inputs = _hidden(model, ids)[:, :-1].flatten(0, 1)
-    vocab = model.config.get_text_config().vocab_size
-    return _in_chunks(_unembedding(model), inputs, ids[:, 1:].flatten(), _logprobs_of, temperature=1.0, vocab=vocab)
+    head, targets = _unembedding(model), ids[:, 1:].flatten()
+    return _in_chunks(head, inputs, targets, _logprobs_of, temperature=1.0, vocab=_vocab(model))
 
 
 def every_value(model: ScalarModel, ids: Int[Tensor, "batch time"]) -> Float[Tensor, " tokens"]:
@@ -191,7 +192,7 @@ def _over_logits(
     function: Callable[[Float[Tensor, "tokens vocab"], Int[Tensor, " tokens"]], Tensor],
 ) -> Tensor:
     """`function(logits, targets)` of the scored tokens, computing no other logits where the model allows it."""
-    plain = _has_plain_head(model)
+    plain = _has_plain_head(model, ids.device)
     return sharding.run(model, _function_of_logits, ids, mask, temperature, function, plain)
 
 
@@ -208,21 +209,7 @@ def _function_of_logits(
         head, inputs = _unembedding(model), _hidden(model, ids)[:, :-1][mask[:, 1:]]
     else:
         head, inputs = nn.Identity(), model.forward(input_ids=ids, use_cache=False).logits[:, :-1][mask[:, 1:]]
-    return _in_chunks(model, head, inputs, targets, temperature, function)
-
-
-def _in_chunks(
-    model: PreTrainedModel,
-    head: nn.Module,
-    inputs: Float[Tensor, "tokens _"],
-    targets: Int[Tensor, " tokens"],
-    temperature: float,
-    function: Callable[[Float[Tensor, "tokens vocab"], Int[Tensor, " tokens"]], Tensor],
-) -> Tensor:
-    """`function(head(inputs) / temperature, targets)`, never of more than `LOGITS_PER_CHUNK` logits at once."""
-
-    vocab = model.config.get_text_config().vocab_size
-    return _in_chunks(head, inputs, targets, function, temperature=temperature, vocab=vocab)
+    return _in_chunks(head, inputs, targets, function, temperature=temperature, vocab=_vocab(model))
 
 
 def _in_chunks(
@@ -234,6 +221,8 @@ def _in_chunks(
     temperature: float,
     vocab: int,
 ) -> Tensor:
+    """`function(head(inputs) / temperature, targets)`, never of more than `LOGITS_PER_CHUNK` logits at once."""
+
     def chunk(inputs: Tensor, targets: Tensor) -> Tensor:
         logits = head(inputs).float()
         return function(logits / temperature if temperature != 1.0 else logits, targets)
@@ -263,7 +252,7 @@ def _logprobs_and_hits_of(
     return torch.stack([_logprobs_of(logits, targets), (logits.argmax(-1) == targets).float()], dim=-1)
 
 
-def _has_plain_head(model: PreTrainedModel) -> bool:
+def _has_plain_head(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether the model's logits are its output embedding applied to its last hidden state and nothing more.
 
     Some families scale or cap the logits afterwards (Gemma 2, Cohere, Granite). One tiny pass tells, once a model;
@@ -271,14 +260,17 @@ def _has_plain_head(model: PreTrainedModel) -> bool:
     """
     if model not in _plain_heads:
         with torch.no_grad(), evaluating(model), sharding.gathered(model):
-            _plain_heads[model] = sharding.run(model, _head_is_plain)
+            _plain_heads[model] = sharding.run(model, _head_is_plain, torch.arange(2, device=device)[None])
     return _plain_heads[model]
 
 
-def _head_is_plain(model: PreTrainedModel) -> bool:
-    ids = torch.arange(2, device=model.device)[None]
+def _head_is_plain(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> bool:
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     return torch.equal(_unembedding(model)(hidden), model.forward(input_ids=ids, use_cache=False).logits)
+
+
+def _vocab(model: PreTrainedModel) -> int:
+    return model.config.get_text_config().vocab_size
 
 
 def _unembedding(model: PreTrainedModel) -> nn.Module:

@@ -47,6 +47,9 @@ DROPOUTS = (
 """The names under which transformers' decoder configurations keep a dropout probability."""
 
 
+FINGERPRINT = "align_fingerprint"
+"""Of a model whose weights were converted: the fingerprint they had before."""
+
 HASHED_AT_ONCE = 2**24
 """Weights; more would take too much memory as 64-bit integers."""
 
@@ -250,6 +253,14 @@ AnyModel = TypeVar("AnyModel", bound=nn.Module)
 def frozen(model: AnyModel) -> AnyModel:
     """The model, never trained: no gradients, evaluation mode."""
     return model.requires_grad_(False).eval()
+
+
+def convert(model: nn.Module, dtype: torch.dtype) -> None:
+    """Puts the weights of a frozen model into another number format; its fingerprint stays that of what was read."""
+    setattr(model, FINGERPRINT, fingerprint(model.state_dict()))
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:

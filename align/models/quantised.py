@@ -106,8 +106,7 @@ def quantised(
     rows, columns = weight.shape
     filled = nn.functional.pad(weight.float(), (0, -columns % BLOCK)).contiguous()
     if bits == "8bit":
-        code = functional.create_linear_map(signed=True).to(weight.device)
-        codes, state = functional.quantize_blockwise(filled, code=code, blocksize=BLOCK)
+        codes, state = functional.quantize_blockwise(filled, code=_even(weight.device), blocksize=BLOCK)
     else:
         codes, state = functional.quantize_4bit(filled, blocksize=BLOCK, quant_type="nf4")
     return codes.view(rows, -1), state.absmax.view(rows, -1)
@@ -125,11 +124,17 @@ def restored(
 
     rows, filled = len(codes), scales.shape[1] * BLOCK
     if bits == "8bit":
-        code = functional.create_linear_map(signed=True).to(codes.device)
-        whole = functional.dequantize_blockwise(codes, absmax=scales.flatten(), code=code, blocksize=BLOCK)
+        whole = functional.dequantize_blockwise(
+            codes, absmax=scales.flatten(), code=_even(codes.device), blocksize=BLOCK
+        )
     else:
         state = functional.QuantState(
             scales.flatten(), torch.Size((rows, filled)), blocksize=BLOCK, quant_type="nf4", dtype=torch.float32
         )
         whole = functional.dequantize_4bit(codes.view(-1, 1), state)
     return whole[:, :columns].to(dtype)
+
+
+def _even(device: torch.device) -> Float[Tensor, " codes"]:
+    """The shares of a scale that 8 bits mean: -1, -126/127, ..., 1; the last of the 256 is never the nearest."""
+    return torch.arange(-127, 129, device=device) / 127

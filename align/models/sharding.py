@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
+    OffloadPolicy,
     fully_shard,
     register_fsdp_forward_method,
 )
@@ -36,6 +38,7 @@ def shard(
     device: torch.device,
     compute_dtype: torch.dtype | None = None,
     reshard_after_forward: bool = True,
+    cpu_offload: bool = False,
 ) -> None:
     """Spreads a model's weights over the ranks of a mesh, block by block.
 
@@ -46,17 +49,19 @@ def shard(
         compute_dtype: In which weights are gathered and computed with; None: their own. Gradients are summed in
             float32.
         reshard_after_forward: Frees each block after its forward pass; it is gathered again for the backward pass.
+        cpu_offload: Weights and gradients rest in CPU memory while they are not gathered.
     """
     # Inputs stay as they are: under autocast each operation chooses, as it does without sharding.
     dtypes = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    resting: OffloadPolicy = CPUOffloadPolicy(pin_memory=device.type == "cuda") if cpu_offload else OffloadPolicy()
     for part in (*blocks(model), model):
         reshard = reshard_after_forward and part is not model  # what is outside the blocks is used first and last
-        fully_shard(part, mesh=mesh, mp_policy=dtypes, reshard_after_forward=reshard)
+        fully_shard(part, mesh=mesh, mp_policy=dtypes, reshard_after_forward=reshard, offload_policy=resting)
         assert isinstance(part, FSDPModule)
-        part.align_reshards = reshard  # type: ignore[attr-defined]
+        part.align_reshards, part.align_gathered = reshard, False  # type: ignore[attr-defined]
         part.set_gradient_divide_factor(1.0)  # losses are divided by counts of all ranks, so gradients are summed
         part.set_force_sum_reduction_for_comms(True)
-    deferred.fill(model, device)
+    deferred.fill(model, torch.device("cpu") if cpu_offload else device)
     setattr(model, RUN, MethodType(_call, model))
     register_fsdp_forward_method(model, RUN)
 
@@ -87,17 +92,24 @@ def is_sharded(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def gathered(*models: nn.Module) -> Iterator[None]:
-    """The whole models on every rank inside the block, for passes without gradients. All ranks must enter it."""
-    units = [module for model in models for module in model.modules() if isinstance(module, FSDPModule)]
+    """The whole models on every rank inside the block, for passes without gradients. All ranks must enter it.
+
+    A model that is gathered already stays so when the block ends.
+    """
+    units = [unit for model in models for unit in _units(model, gathered=False)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
+        unit.align_gathered = True  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        for unit in units:
-            unit.set_reshard_after_forward(unit.align_reshards, recurse=False)  # type: ignore[attr-defined]
-            unit.reshard()
+        _free(units)
+
+
+def free(model: nn.Module) -> None:
+    """Ends a model's `gathered` before its block does."""
+    _free(_units(model, gathered=True))
 
 
 def whole_weights(model: nn.Module) -> dict[str, Tensor]:
@@ -114,6 +126,19 @@ def tensors_once(model: nn.Module) -> dict[str, Tensor]:
     """The state dict without the further names of tensors that are tied: they are written under their first."""
     names = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
     return {name: tensor for name, tensor in model.state_dict().items() if name in names}
+
+
+def _units(model: nn.Module, *, gathered: bool) -> list[FSDPModule]:
+    """What is gathered together: the parts of a sharded model that are now gathered, or that are not."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    return [unit for unit in units if unit.align_gathered is gathered]  # type: ignore[attr-defined]
+
+
+def _free(units: list[FSDPModule]) -> None:
+    for unit in units:
+        unit.set_reshard_after_forward(unit.align_reshards, recurse=False)  # type: ignore[attr-defined]
+        unit.reshard()
+        unit.align_gathered = False  # type: ignore[attr-defined]
 
 
 def _call(model: PreTrainedModel, function: Callable[..., Any], *arguments: Any) -> Any:

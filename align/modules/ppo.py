@@ -205,18 +205,19 @@ class PPOModule(AlignModule):
         start = time.perf_counter()
         with interrupt.interruptible(self.may_be_dropped()), self.precision(), forward.evaluating(self):
             draws = seeds.forked(self.seed, "sample", iteration, self.global_rank)
-            with draws, sharding.gathered(self.policy):
-                completions = self.sampler(self.policy, prompts.to(self.device))
-            sampled = time.perf_counter()
-            passes = token_passes(
-                completions,
-                policy=self.policy,
-                reference=self.reference,
-                value=self.value,
-                temperature=self.sampler.temperature,
-                minibatch=minibatch,
-                micro_batch_tokens=self.micro_batch_tokens,
-            )
+            with sharding.gathered(self.policy):  # until its own pass is done, which frees it
+                with draws:
+                    completions = self.sampler(self.policy, prompts.to(self.device))
+                sampled = time.perf_counter()
+                passes = token_passes(
+                    completions,
+                    policy=self.policy,
+                    reference=self.reference,
+                    value=self.value,
+                    temperature=self.sampler.temperature,
+                    minibatch=minibatch,
+                    micro_batch_tokens=self.micro_batch_tokens,
+                )
             scores = self._with_eos_rule(self.score(completions), completions.finished)
         everyone = distributed.whole(Scored(completions=completions, passes=passes, scores=scores))
         self._clock_rollout(everyone.completions, start, sampled)

@@ -65,8 +65,12 @@ def token_passes(
         own[group] for own in rows for group in forward.micro_batches(completions.lengths[own], micro_batch_tokens)
     ]
 
-    def over_all(model: nn.Module, function: Callable[[Tensor, Tensor], tuple[Tensor, ...]]) -> list[Tensor]:
-        """The function's values of every episode, laid out by response; a sharded model is gathered for as long."""
+    other = policy if reference is None else reference
+
+    def over_all(
+        model: nn.Module, function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], *later: nn.Module
+    ) -> list[Tensor]:
+        """The function's values of every episode, by response; a sharded model stays whole until its last pass."""
         found: list[Tensor] = []
         with sharding.gathered(model):
             for picked in groups:
@@ -74,15 +78,19 @@ def token_passes(
                 found = found or [torch.zeros(mask.shape, device=mask.device) for _ in values]
                 for out, flat in zip(found, values, strict=True):
                     out[picked] = forward.by_response(flat, mask[picked])
+        if all(model is not one for one in later):
+            sharding.free(model)  # also where the caller has gathered it
         return found
 
     logprobs, entropies = over_all(
-        policy, lambda ids, scored: forward.token_logprobs_and_entropies(policy, ids, scored, temperature)
+        policy,
+        lambda ids, scored: forward.token_logprobs_and_entropies(policy, ids, scored, temperature),
+        other,
+        value.hf,
     )
-    other = policy if reference is None else reference
     with adapters.using(policy, None) if reference is None else contextlib.nullcontext():
         (ref_logprobs,) = over_all(
-            other, lambda ids, scored: (forward.token_logprobs(other, ids, scored, temperature),)
+            other, lambda ids, scored: (forward.token_logprobs(other, ids, scored, temperature),), value.hf
         )
     with value.in_use():
         (values,) = over_all(value.hf, lambda ids, scored: (forward.token_values(value, ids, scored),))

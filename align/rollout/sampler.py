@@ -78,7 +78,7 @@ class DecodeSampler(BatchSampler):
 
     def _answer(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
         ids, seen = _left_padded(prompts)
-        stops = _stop_ids(policy)
+        stops = _stop_ids(policy, ids.device)
         batch = _Writing.start(len(ids), self.max_new_tokens, ids.device)
         points = _points(prompts, self.max_new_tokens)
         cache, place = DynamicCache(config=policy.config), (seen.cumsum(1) - 1).clamp_min(0)
@@ -111,7 +111,7 @@ class GenerateSampler(BatchSampler):
 
     def _answer(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
         ids, seen = _left_padded(prompts)
-        stops = _stop_ids(policy)
+        stops = _stop_ids(policy, ids.device)
         settings = GenerationConfig(
             max_new_tokens=self.max_new_tokens,
             do_sample=self.temperature > 0.0,
@@ -226,7 +226,7 @@ def _joined(
     )
 
 
-def _stop_ids(policy: PreTrainedModel) -> Int[Tensor, " stops"]:
+def _stop_ids(policy: PreTrainedModel, device: torch.device) -> Int[Tensor, " stops"]:
     settings = policy.generation_config
     stops = settings.eos_token_id if settings is not None else None
     stops = policy.config.eos_token_id if stops is None else stops
@@ -235,7 +235,7 @@ def _stop_ids(policy: PreTrainedModel) -> Int[Tensor, " stops"]:
             f"the policy ({type(policy).__name__}) names no eos_token_id, so no response could end; set it in the "
             "folder's config.json or generation_config.json"
         )
-    return torch.tensor([stops] if isinstance(stops, int) else list(stops), device=policy.device)
+    return torch.tensor([stops] if isinstance(stops, int) else list(stops), device=device)
 
 
 @contextlib.contextmanager
