@@ -1,12 +1,20 @@
 """What a plan counts, beside the tensors that are really made."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import tiny
 import torch
 
 from align import memory, traced
+from align.models.adapters import LoRA
+from align.models.load import load_causal_lm, load_scalar_model, save_model
+from align.models.trunk import Adapter, Head
+from align.modules.ppo import PPO, PPOModule
 from align.modules.sft import SFTModule
 from align.optim import Optim
+from align.rollout.sampler import DecodeSampler
 from align.traced import Arithmetic
 
 
@@ -40,6 +48,88 @@ def test_what_is_shared_falls_with_the_number_of_ranks() -> None:
     blocks = [sum(p.nbytes for p in block.parameters()) for block in one.model.model.layers]
     whole = sum(p.nbytes for p in one.model.parameters())
     assert shared.gathered == whole - sum(blocks) + 2 * max(blocks) and alone.gathered == 0
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, and a reward model that is an adapter of it."""
+    folder = tmp_path_factory.mktemp("models")
+    tiny.llama(hidden_size=128, intermediate_size=256).save_pretrained(folder / "base")
+    tiny.tokenizer().save_pretrained(folder / "base")
+    reward = load_scalar_model(str(folder / "base"), lora=LoRA(rank=3))
+    save_model(reward, tiny.tokenizer(), folder / "reward")
+    return folder
+
+
+def ppo(folder: Path, kind: str) -> PPOModule:
+    base, adapter = str(folder / "base"), Adapter(path=str(folder / "reward"))
+    parts: dict[str, Any] = {
+        "apart": lambda: {
+            "policy": load_causal_lm(base), "value": load_scalar_model(base),
+            "reward": load_scalar_model(base, quantise="8bit"), "quantise_reference": "4bit",
+        },
+        "adapters": lambda: {"policy": load_causal_lm(base, lora=LoRA(rank=5)), "value": adapter, "reward": adapter},
+        "adapters-4bit": lambda: {
+            "policy": load_causal_lm(base, lora=LoRA(rank=5), quantise="4bit"), "value": adapter, "reward": adapter,
+        },
+        "head": lambda: {"policy": load_causal_lm(base), "value": Head(), "reward": load_scalar_model(base)},
+    }  # fmt: skip
+    return PPOModule(
+        **parts[kind](), sampler=DecodeSampler(max_new_tokens=4), tokenizer=tiny.tokenizer(), ppo=PPO(),
+        optim=Optim(lr=1e-3, name="adamw8bit"),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["apart", "adapters", "adapters-4bit", "head"])
+def test_what_is_shared_frozen_or_in_few_bits_is_counted_once_and_exactly(folder: Path, kind: str) -> None:
+    one = ppo(folder, kind)
+    plan = memory.plan(one, memory.Setting(tokens=64, decoding=(2, 8, 4), optimizer="adamw8bit"))
+    optimizer, _ = one.optim.build(one.networks(), steps=1)
+    for parameter in one.parameters():
+        parameter.grad = torch.ones_like(parameter) if parameter.requires_grad else None
+    optimizer.step()
+    assert sum(share.weights for share in plan.shares) == sum(t.nbytes for t in (*one.parameters(), *one.buffers()))
+    assert sum(share.parameters for share in plan.shares) == sum(p.numel() for p in one.parameters())
+    gradients = {group["name"]: 0 for group in optimizer.param_groups}
+    states = dict(gradients)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            gradients[group["name"]] += parameter.grad.nbytes
+            tensors = [value for value in optimizer.state[parameter].values() if isinstance(value, torch.Tensor)]
+            states[group["name"]] += sum(value.nbytes for value in tensors)
+    shares = {share.name: share for share in plan.shares}
+    assert {name: shares[name].gradients for name in gradients} == gradients
+    assert {name: shares[name].optimizer for name in states} == pytest.approx(states, rel=0.01)
+    assert plan.activations == max(share.activations for share in plan.shares) > 0
+    assert (shares["value"].activations == 0) == (kind == "head")
+
+
+def test_what_rests_in_cpu_memory_is_not_on_the_gpu() -> None:
+    one = module()
+    usual, apart = (
+        memory.plan(one, memory.Setting(ranks=2, sharded=True, offloaded=offloaded, tokens=512))
+        for offloaded in (False, True)
+    )
+    (share,) = usual.shares
+    assert apart.kept == 0 and apart.update == usual.update - share.resting
+    assert f"in CPU memory {memory.shown(share.resting)}" in apart.lines()[-1] and "CPU" not in usual.lines()[-1]
+
+
+def test_frozen_models_that_stay_whole_count_whole_in_the_arithmetics_type(folder: Path) -> None:
+    one = ppo(folder, "head")
+    kept, shared = (
+        {
+            share.name: share.weights
+            for share in memory.plan(
+                one,
+                memory.Setting(ranks=2, sharded=True, keeps_frozen=keeps, dtype=torch.bfloat16, tokens=64),
+            ).shares
+        }
+        for keeps in (True, False)
+    )
+    assert one.reference is not None
+    assert kept["reference"] == 2 * sum(p.numel() for p in one.reference.parameters())
+    assert shared["reference"] == shared["policy"] == kept["policy"]
 
 
 def test_activations_grow_with_tokens_and_shrink_by_checkpointing() -> None:
