@@ -8,7 +8,7 @@ first PPO ratio is not 1 and the KL to the reference is noise (The N Implementat
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -257,16 +257,25 @@ def frozen(model: AnyModel) -> AnyModel:
 
 def convert(model: nn.Module, dtype: torch.dtype) -> None:
     """Puts the weights of a frozen model into another number format; its fingerprint stays that of what was read."""
-    setattr(model, FINGERPRINT, fingerprint(model.state_dict()))
+    setattr(model, FINGERPRINT, fingerprint(model))
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A digest of named tensors, the same on however many threads it is computed."""
+def fingerprint(model: nn.Module, names: Collection[str] | None = None) -> str:
+    """A digest of a model's weights, the same on however many threads it is computed.
+
+    Args:
+        model: Sharded or not.
+        names: Of the weights that matter; None: all.
+    """
+    if (known := getattr(model, FINGERPRINT, None)) is not None:
+        return known
     digest = hashlib.blake2b(digest_size=16)
-    for name, part in tensors.items():
+    for name, part in model.state_dict().items():
+        if names is not None and name not in names:
+            continue
         tensor = distributed.whole_tensor(part)
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         size = tensor.element_size()

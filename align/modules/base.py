@@ -26,7 +26,7 @@ from transformers import PreTrainedTokenizerBase
 from align import distributed, interrupt, nonfinite, seeds
 from align.errors import RunError
 from align.models import sharding
-from align.models.load import FINGERPRINT, fingerprint, save_model
+from align.models.load import fingerprint, save_model
 from align.optim import Optim
 from align.types import AnyRecord
 
@@ -262,8 +262,8 @@ class AlignModule(L.LightningModule, ABC):
         if self._frozen is None:
             names, found = self._frozen_names(), {}
             for child, network in self.named_children():
-                tensors = {k: v for k, v in network.state_dict().items() if f"{child}.{k}" in names}
-                found |= {child: getattr(network, FINGERPRINT, None) or fingerprint(tensors)} if tensors else {}
+                own = {name for name in network.state_dict() if f"{child}.{name}" in names}
+                found |= {child: fingerprint(network, own)} if own else {}
             self._frozen = found
         return self._frozen
 
