@@ -6,7 +6,7 @@ state and scales are sharded by rows exactly as the parameter is: any number of 
 checkpoint moves between them. Rows that are a multiple of 256 long give the very numbers of bitsandbytes.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -14,7 +14,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from align import distributed
+from align import distributed, paged
 
 BLOCK = 256
 """Numbers with one scale: what bitsandbytes' optimizer kernels are made for."""
@@ -38,6 +38,7 @@ class Blockwise(torch.optim.Optimizer):
         lr: Learning rate.
         betas: Decay of the moments; of Lion, of the update and of the moment.
         eps: Added to the root of the second moment, after the bias correction.
+        paged: Large state is in CUDA managed memory (`align.paged`); parameters must be on a CUDA device.
     """
 
     def __init__(
@@ -48,15 +49,18 @@ class Blockwise(torch.optim.Optimizer):
         lr: float,
         betas: tuple[float, float],
         eps: float,
+        paged: bool = False,
     ) -> None:
         super().__init__(groups, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "bits": 8})
-        self.rule = rule
+        self.rule, self.paged = rule, paged
+        self._waiting: dict[nn.Parameter, dict[str, Any]] = {}
         self._maps: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         """Updates every parameter that has a gradient, each rank its own rows."""
         loss = None if closure is None else torch.enable_grad()(closure)()
+        self._take_over()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -67,6 +71,8 @@ class Blockwise(torch.optim.Optimizer):
                 state["step"] += 1
                 if distributed.own_part(parameter).numel():
                     self._update(parameter, state, group)
+        if self.paged:
+            paged.settle()
         return loss
 
     def new_state(self, parameter: nn.Parameter, bits: int) -> dict[str, Any]:
@@ -76,11 +82,16 @@ class Blockwise(torch.optim.Optimizer):
         for number in range(1, moments + 1):
             if bits == 8 and pays(parameter.shape):
                 rows, blocks = parameter.shape[0], _blocks(parameter.shape)
-                state[f"state{number}"] = _zeros(parameter, (rows, blocks * BLOCK), torch.uint8)
+                state[f"state{number}"] = self._moment(parameter, (rows, blocks * BLOCK), torch.uint8)
                 state[f"absmax{number}"] = _zeros(parameter, (rows, blocks), torch.float32)
             else:
-                state[f"state{number}"] = torch.zeros_like(parameter, dtype=torch.float32)
+                state[f"state{number}"] = self._moment(parameter, parameter.shape, torch.float32)
         return state
+
+    def _moment(self, parameter: nn.Parameter, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        if self.paged and paged.pays(parameter):
+            return paged.zeros(parameter, shape, dtype)
+        return _zeros(parameter, shape, dtype)
 
     def _update(self, parameter: nn.Parameter, state: dict[str, Any], group: dict[str, Any]) -> None:
         from bitsandbytes import functional  # takes a second, and says what it does not find
@@ -89,6 +100,7 @@ class Blockwise(torch.optim.Optimizer):
         weights, grad = (distributed.own_part(tensor) for tensor in (parameter.detach(), parameter.grad))
         own = {name: distributed.own_part(value) for name, value in state.items() if name != "step"}
         (beta1, beta2), second = group["betas"], own.get("state2")
+        paged.prefetch([value for name, value in own.items() if name.startswith("state")])
         if "absmax1" not in own:
             functional.optimizer_update_32bit(
                 KERNELS[self.rule], grad.contiguous(), weights, own["state1"], beta1, group["eps"], state["step"],
@@ -112,9 +124,31 @@ class Blockwise(torch.optim.Optimizer):
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         for number, saved in state_dict["state"].items():
             device = parameters[number].device
+            if self.paged:
+                self._waiting[parameters[number]] = saved
+                continue
             self.state[parameters[number]] = {
                 name: value.to(device) if isinstance(value, Tensor) else value for name, value in saved.items()
             }
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as every optimizer of torch gives it."""
+        self._take_over()
+        return super().state_dict()
+
+    @torch.no_grad()
+    def _take_over(self) -> None:
+        """Fills paged state from what was loaded. Not when it is loaded: Lightning then moves all state to the GPU."""
+        bits = {parameter: group["bits"] for group in self.param_groups for parameter in group["params"]}
+        for parameter, saved in self._waiting.items():
+            state = self.new_state(parameter, bits[parameter])
+            for name, value in saved.items():
+                if isinstance(value, Tensor):
+                    distributed.own_part(state[name]).copy_(distributed.own_part(value))
+                else:
+                    state[name] = value
+            self.state[parameter] = state
+        self._waiting = {}
 
     def _quantisation(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """The 256 numbers that a byte can mean, for moments of either sign and for positive ones."""
@@ -138,9 +172,9 @@ def _blocks(shape: torch.Size) -> int:
     return -(-(shape.numel() // shape[0]) // BLOCK)
 
 
-def _zeros(parameter: nn.Parameter, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+def _zeros(parameter: nn.Parameter, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     if not isinstance(parameter, DTensor):
-        return torch.zeros(shape, dtype=dtype, device=parameter.device)
+        return torch.zeros(tuple(shape), dtype=dtype, device=parameter.device)
     return distributed.sharded_zeros(shape, dtype, mesh=parameter.device_mesh, device=parameter.device)
 
 

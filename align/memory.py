@@ -21,7 +21,7 @@ from align.models.heads import ScalarModel
 from align.models.quantised import is_quantised
 from align.models.trunk import TrunkModel, one_pass
 from align.modules.base import AlignModule
-from align.optim import learning
+from align.optim import learning, parsed
 from align.strategy import FSDP
 from align.traced import Arithmetic, Network
 
@@ -265,8 +265,9 @@ def _bytes(model: nn.Module, setting: Setting) -> int:
 
 
 def _state_bytes(parameter: nn.Parameter, setting: Setting, embedding: bool) -> int:
-    moments = 1 if setting.optimizer.startswith("lion") else 2
-    if embedding or not setting.optimizer.endswith("8bit") or not pays(parameter.shape):
+    rule, bits, _ = parsed(setting.optimizer)
+    moments = 1 if rule == "lion" else 2
+    if embedding or bits != 8 or not pays(parameter.shape):
         each = parameter.element_size() if setting.optimizer == "adamw" else 4
         return moments * _own_bytes(parameter, setting, each)
     columns = -(-(parameter.numel() // parameter.shape[0]) // BLOCK) * BLOCK

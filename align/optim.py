@@ -14,6 +14,12 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from align.blockwise import Blockwise
 
+Name = Literal[
+    "adamw", "adamw8bit", "lion", "lion8bit", "paged_adamw", "paged_adamw8bit", "paged_lion", "paged_lion8bit"
+]  # fmt: skip
+
+PAGED = "paged_"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
@@ -22,7 +28,8 @@ class Optim:
     Attributes:
         lr: Peak learning rate.
         name: "adamw", PyTorch's; "lion"; or "adamw8bit" and "lion8bit", whose moments take a byte a number. Embeddings
-            and vectors keep 32 bits, as do small matrices (`align.blockwise`).
+            and vectors keep 32 bits, as do small matrices (`align.blockwise`). With "paged_" before it, large moments
+            leave the GPU for CPU memory while it is short of its own (`align.paged`).
         betas: Decay of the first and second moment.
         epsilon: Added after the bias correction, as PyTorch does.
         weight_decay: Decoupled; of matrices only.
@@ -35,7 +42,7 @@ class Optim:
     """
 
     lr: float
-    name: Literal["adamw", "adamw8bit", "lion", "lion8bit"] = "adamw"
+    name: Name = "adamw"
     betas: Sequence[float] = (0.9, 0.95)
     epsilon: float = 1e-5
     weight_decay: float = 0.0
@@ -58,6 +65,12 @@ class Optim:
         ]
         if isinstance(most := arguments.get("max_nonfinite"), int) and most < 1:
             errors.append(f"max_nonfinite: got {most}, expected at least 1, which ends the run at the first such step")
+        name = arguments.get("name")
+        if isinstance(name, str) and name.startswith(PAGED) and not torch.cuda.is_available():
+            errors.append(
+                f"name: got {name}, whose state is in CUDA managed memory, but this machine has no CUDA device; "
+                f"expected one, or {name.removeprefix(PAGED)}"
+            )
         betas = arguments.get("betas", (0.9, 0.95))
         if isinstance(betas, Sequence) and len(betas) != 2:
             errors.append(f"betas: got {len(betas)} numbers, expected 2, such as [0.9, 0.95]")
@@ -87,16 +100,19 @@ class Optim:
             lrs: Peak learning rates of networks that have their own.
 
         Raises:
-            ValueError: Nothing in a network learns.
+            ValueError: Nothing in a network learns; or state shall be paged, but the weights are not on a CUDA device.
         """
+        rule, bits, paged = parsed(self.name)
         groups = []
         for name, trained in learning(networks):
             shared = {"lr": (lrs or {}).get(name, self.lr), "name": name}
+            if paged:
+                self._check_pageable(name, trained)
             matrices = [p for p in trained if p.ndim >= 2]
             vectors = [p for p in trained if p.ndim < 2]
             own = [{"params": matrices, "weight_decay": self.weight_decay, **shared}]
             own += [{"params": vectors, "weight_decay": 0.0, **shared}] if vectors else []
-            if self.name.endswith("8bit"):
+            if bits == 8:
                 own += _embeddings_apart(own, networks[name])
             groups += own
         first, second = self.betas
@@ -104,11 +120,17 @@ class Optim:
         if self.name == "adamw":
             optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(first, second), eps=self.epsilon, fused=True)
         else:
-            rule = "lion" if self.name.startswith("lion") else "adamw"
-            bits = 8 if self.name.endswith("8bit") else 32
             groups = [{"bits": bits, **group} for group in groups]
-            optimizer = Blockwise(groups, rule=rule, lr=self.lr, betas=(first, second), eps=self.epsilon)
+            optimizer = Blockwise(groups, rule=rule, lr=self.lr, betas=(first, second), eps=self.epsilon, paged=paged)
         return optimizer, LambdaLR(optimizer, lambda step: self.fraction(step, steps))
+
+    def _check_pageable(self, name: str, parameters: Sequence[nn.Parameter]) -> None:
+        if elsewhere := {parameter.device.type for parameter in parameters} - {"cuda"}:
+            raise ValueError(
+                f"module.optim.name: got {self.name}, but the weights of {name} are on {elsewhere.pop()}, expected "
+                "a CUDA device, as its state is in CUDA managed memory; set trainer.accelerator to gpu and no "
+                f"cpu_offload, or take {self.name.removeprefix(PAGED)}"
+            )
 
 
 def learning(networks: Mapping[str, nn.Module]) -> list[tuple[str, list[nn.Parameter]]]:
@@ -125,6 +147,12 @@ def learning(networks: Mapping[str, nn.Module]) -> list[tuple[str, list[nn.Param
         found += [(name, part) for part in parts if part]
         taken |= set(learned)
     return found[::-1]
+
+
+def parsed(name: str) -> tuple[Literal["adamw", "lion"], int, bool]:
+    """What the name of an optimizer says: the rule, the bits of a moment, and whether those are paged."""
+    rest = name.removeprefix(PAGED)
+    return ("lion" if rest.startswith("lion") else "adamw"), (8 if rest.endswith("8bit") else 32), rest != name
 
 
 def _embeddings_apart(groups: list[dict[str, Any]], network: nn.Module) -> list[dict[str, Any]]:

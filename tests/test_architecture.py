@@ -24,7 +24,7 @@ LAYERS = (
     ("types", "seeds", "paths", "bootstrap", "errors", "atomic", "formulas"),
     ("distributed",),
     ("interrupt", "checkpoints", "metrics_file", "nonfinite"),
-    ("blockwise",),
+    ("paged", "blockwise"),
     ("models", "data", "optim"),
     ("rollout",),
     ("modules",),

@@ -1,0 +1,69 @@
+"""Runs of several processes, for tests: their commands, and how two of them are compared."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from align import checkpoints
+from tools import crash_runs
+
+SHARDED = "{_target_: align.strategy.FSDP}"
+
+STEPS = {
+    "sft": [
+        "data.batch_size=16", "trainer.max_epochs=2", "module.model.dropout=0", "data.mix=null", "data.mix_fraction=0",
+    ],
+    "reward": ["data.batch_size=16", "trainer.max_epochs=2"],
+    "ppo-ptx": ["data.episodes=72", "data.rollout_batch=18", "data.minibatch=6", "data.pretraining_batch=6"],
+}  # fmt: skip
+"""22 steps, the eleventh and the last of them of a single example; 24 of PPO, 6 a rollout.
+
+Without dropout, whose draws depend on the number of processes.
+"""
+
+
+def prepare(folder: Path) -> None:
+    """A tiny model and data; 161 examples of each kind, so that the last batch of 16 has a single one."""
+    crash_runs.prepare(folder)
+    for name in ("rows.jsonl", "ranked.jsonl"):
+        rows = (folder / name).read_text().splitlines(keepends=True)
+        (folder / name).write_text("".join([*rows, rows[0]]))
+
+
+def command(kind: str, world: Path, run: Path, *overrides: str) -> list[str]:
+    """A run that keeps all its checkpoints."""
+    keep = ["callbacks.checkpoints.keep=99", "overwrite=false"]
+    return [*crash_runs.arguments(kind, world, 0), *STEPS[kind], *keep, f"run_dir={run}", *overrides]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """What a run has trained."""
+    return load_file(run / "hf" / "model.safetensors")
+
+
+def assert_same(run: Path, other: Path) -> None:
+    """Equal weights and logged numbers, but for rounding, and as many rows."""
+    own, theirs = weights(run), weights(other)
+    for name in theirs:
+        torch.testing.assert_close(
+            own[name], theirs[name], rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    rows = [crash_runs.metrics(folder) for folder in (run, other)]
+    assert len(rows[0]) == len(rows[1])
+    for one, two in zip(*rows, strict=True):
+        assert one.keys() == two.keys()
+        for name, value in one.items():
+            assert (value == "") == (two[name] == ""), name
+            if value:
+                assert float(value) == pytest.approx(float(two[name]), rel=1e-3, abs=2e-5), (one["step"], name)
+
+
+def go_back(run: Path, step: int) -> None:
+    """Leaves of a run what a kill shortly after a step would have left."""
+    (run / "finished.json").unlink()
+    for folder in (run / "hf", run / "hf-ema", *checkpoints.found(run / "checkpoints")):
+        if folder.exists() and (folder.parent == run or checkpoints.step_of(folder) > step):
+            shutil.rmtree(folder)
