@@ -181,7 +181,8 @@ def _hidden(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Float[Ten
 
 
 def _scalar(model: ScalarModel, hidden: Float[Tensor, "places d"]) -> Float[Tensor, " places"]:
-    return model.head(hidden)[:, 0].float() - model.bias
+    head = model.head  # which may be in float32 on a trunk that is not
+    return head(hidden.to(head.weight.dtype))[:, 0].float() - model.bias
 
 
 def _over_logits(

@@ -139,7 +139,7 @@ def load_scalar_model(
             source.made["score.weight"] = drawn
     if lora is not None:
         adapters.add(model, lora, seed=seed)
-        ScalarModel(model).head.requires_grad_(True)
+        ScalarModel(model).head.float().requires_grad_(True)  # like the updates, whatever the weights are kept in
     return ScalarModel(_ready(model, gradient_checkpointing))
 
 

@@ -134,4 +134,4 @@ def _projection(policy: PreTrainedModel, saved: "dict[str, Tensor]", trained: bo
         made.weight.copy_(weight if weight is not None else torch.zeros_like(made.weight))
         if bias is not None:
             made.bias.copy_(bias)
-    return made.requires_grad_(trained).to(policy.dtype)
+    return made.requires_grad_(trained)
