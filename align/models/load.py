@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -24,6 +26,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as hf_logging
 
@@ -50,11 +53,13 @@ HASHED_AT_ONCE = 2**24
 
 
 def load_tokenizer(path: ModelPath) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name.
+    """The tokenizer of a folder or hub name; where only shapes matter (`deferred.shapes`), one that stands for any.
 
     Raises:
         ValueError: It has no EOS token, without which no response can end.
     """
+    if deferred.only_shapes():
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"</s>": 0})), eos_token="</s>")
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -107,7 +112,7 @@ def load_scalar_model(
         )
     config.num_labels = 1
     model = _from_pretrained(AutoModelForSequenceClassification, path, config=config, dtype=getattr(torch, dtype))
-    if not trained:
+    if not trained and not deferred.only_shapes():
         drawn = initialise_head(ScalarModel(model).head, seeds.generator(seed, "head"))
         if (source := deferred.source_of(model)) is not None:
             source.made["score.weight"] = drawn
@@ -221,7 +226,15 @@ def fingerprint(model: nn.Module) -> str:
 
 
 def _config_without_dropout(path: str) -> PretrainedConfig:
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        if not deferred.only_shapes():
+            raise
+        raise ValueError(
+            f"{path!r} has no config.json that can be read, and only that says what shape the model has; give the "
+            "folder or hub name of a model of the same shape"
+        ) from error
     for name in DROPOUTS:
         if isinstance(getattr(config, name, None), float):
             setattr(config, name, 0.0)
@@ -229,6 +242,10 @@ def _config_without_dropout(path: str) -> PretrainedConfig:
 
 
 def _from_pretrained(factory: Any, path: str, **arguments: Any) -> PreTrainedModel:
+    if deferred.only_shapes():
+        model = deferred.outline(factory, **arguments)
+        use_attend(model)
+        return model
     model = deferred.make(factory, path, **arguments) if deferred.wanted() else None
     if model is None:
         with _quiet():

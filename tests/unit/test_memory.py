@@ -52,9 +52,12 @@ def test_activations_grow_with_tokens_and_shrink_by_checkpointing() -> None:
 
 
 def test_a_tied_matrix_has_a_gradient_that_waits_for_the_other() -> None:
-    """Of 16,384 tokens x 16 numbers, in float32; with 2 tokens there is hardly anything else."""
+    """Of 16,384 tokens x 16 numbers, in float32; with 2 tokens there is hardly anything else.
+
+    PyTorch adds the two up into a third: on a CPU 3.04 and 1.00 such matrices were measured.
+    """
     sizes = {"vocab_size": 16384, "hidden_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
-    for tied, matrices in ((True, 2), (False, 1)):
+    for tied, matrices in ((True, 3), (False, 1)):
         step = traced.learning(tiny.llama(tied=tied, **sizes).train(), 2, Arithmetic())
         assert (step.kept + step.passing) / (16384 * 16 * 4) == pytest.approx(matrices, abs=0.2)
 
