@@ -75,7 +75,13 @@ def guarded(body: Callable[[], int | None], what: str) -> int:
 
 def parse(argv: Sequence[str] | None, *, prog: str, description: str, epilog: str) -> tuple[str, list[str]]:
     """The path of the YAML and the overrides, in the order given, whichever of the two forms they have."""
-    parser = argparse.ArgumentParser(
+    known, overrides = parser(prog=prog, description=description, epilog=epilog).parse_known_args(argv)
+    return known.config, overrides
+
+
+def parser(*, prog: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """Knows the YAML, and leaves all else to be overrides."""
+    found = argparse.ArgumentParser(
         prog=prog,
         usage=f"{prog} CONFIG [key=value ...]",
         description=description,
@@ -83,9 +89,8 @@ def parse(argv: Sequence[str] | None, *, prog: str, description: str, epilog: st
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("config", metavar="CONFIG", help="the YAML file of the run")
-    known, overrides = parser.parse_known_args(argv)
-    return known.config, overrides
+    found.add_argument("config", metavar="CONFIG", help="the YAML file of the run")
+    return found
 
 
 def is_users_mistake(error: BaseException) -> bool:

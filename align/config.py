@@ -109,6 +109,7 @@ def check(
     *,
     known_keys: Collection[str] | Mapping[str, Any] = FIT_KEYS,
     required_keys: Collection[str] = FIT_REQUIRED,
+    inputs_exist: bool = True,
 ) -> None:
     """Finds everything that can be known to be wrong before anything is loaded.
 
@@ -116,11 +117,12 @@ def check(
         config: As `read` returns it.
         known_keys: The command's top-level keys; a mapping gives the annotation of each. The default is `align.fit`'s.
         required_keys: Those that must be given, as far as they are known.
+        inputs_exist: The data files and models it names must be there.
 
     Raises:
         ConfigError: With all errors.
     """
-    checker = _Checker(config)
+    checker = _Checker(config, inputs_exist)
     known = known_keys if isinstance(known_keys, Mapping) else {key: FIT_KEYS.get(key, Any) for key in known_keys}
     top = {
         key: Parameter(
@@ -168,8 +170,9 @@ def _load(path: Path) -> DictConfig:
 class _Checker:
     """Walks a configuration and collects what is wrong with it."""
 
-    def __init__(self, config: DictConfig) -> None:
+    def __init__(self, config: DictConfig, inputs_exist: bool) -> None:
         self.errors: list[str] = []
+        self.inputs_exist = inputs_exist
         self.shared: set[str] = set()
         self.plain: Any = self._resolve(config, "", ())
         self.run_dir = self.plain.get("run_dir")
@@ -285,7 +288,7 @@ class _Checker:
             return
         marks = schema.metadata(annotation)
         for text in _strings(value) if marks else ():
-            complaint = inputs.complaint(text, marks, self.run_dir)
+            complaint = inputs.complaint(text, marks, self.run_dir, must_exist=self.inputs_exist)
             if complaint:
                 self.errors.append(f"{path}: {complaint}")
 

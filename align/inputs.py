@@ -11,18 +11,19 @@ MODEL_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "tokeni
 """One of them is in every Hugging Face model or tokenizer folder."""
 
 
-def complaint(name: str, marks: set[str], run_dir: object) -> str | None:
+def complaint(name: str, marks: set[str], run_dir: object, *, must_exist: bool = True) -> str | None:
     """What is wrong with a path or hub name that a run reads, with the likely remedy; None where all is well.
 
     Args:
         name: As in the configuration; a data set may end with `:split`.
         marks: The strings that annotate the parameter (`paths.DATA`, `paths.MODEL`); others mean nothing here.
         run_dir: The folder the run writes; anything but a string counts as unknown.
+        must_exist: False judges the name alone.
     """
     if not marks & {paths.DATA, paths.MODEL}:
         return None
     try:
-        return _complaint(name, marks, run_dir)
+        return _complaint(name, marks, run_dir, must_exist)
     except (OSError, RuntimeError) as error:  # too long a name; a home that nobody has; a circle of links
         return f"{name[:80]} cannot be looked up: {error}"
 
@@ -32,7 +33,7 @@ def can_be_written(text: str) -> bool:
     return "\0" not in text and text.encode(errors="ignore").decode() == text
 
 
-def _complaint(name: str, marks: set[str], run_dir: object) -> str | None:
+def _complaint(name: str, marks: set[str], run_dir: object, must_exist: bool) -> str | None:
     if not name.strip():
         return f"got {name!r}, expected a path or a hub name"
     path = Path(name).expanduser()
@@ -40,6 +41,8 @@ def _complaint(name: str, marks: set[str], run_dir: object) -> str | None:
         path = path.with_name(path.name.rpartition(":")[0])
     if isinstance(run_dir, str) and path.resolve().is_relative_to(Path(run_dir).resolve()):
         return f"{name} lies in the folder that this run writes ({run_dir}); choose another run_dir"
+    if not must_exist:
+        return None
     if path.exists():
         if paths.DATA not in marks and not any((path / file).is_file() for file in MODEL_FILES):
             return f"{path} is no model folder: it has neither config.json nor the files of a tokenizer"

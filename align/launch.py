@@ -48,6 +48,11 @@ def processes(devices: Any, num_nodes: int = 1) -> int:
                 "machine with torchrun, or in a Slurm job with srun"
             ]
         )
+    return devices_of(devices)
+
+
+def devices_of(devices: Any) -> int:
+    """How many devices of a machine the Trainer's `devices` mean: see `processes`."""
     if isinstance(devices, str):
         named = [part for part in devices.split(",") if part.strip()]
         devices = named if "," in devices else int(devices) if devices.lstrip("-").isdigit() else 1

@@ -18,7 +18,7 @@ from align import traced
 from align.blockwise import BLOCK, pays
 from align.models import sharding
 from align.models.heads import ScalarModel
-from align.models.quantised import is_quantised
+from align.models.quantised import QuantisedLinear, is_quantised
 from align.models.trunk import TrunkModel, one_pass
 from align.modules.base import AlignModule
 from align.optim import learning, parsed
@@ -194,7 +194,7 @@ def plan(module: AlignModule, setting: Setting) -> Plan:
         learned.setdefault(name, []).extend(parameters)
     shares, gathered, passing = [], 0, 0
     for name, network in networks(module).items():
-        count = sum(parameter.numel() for parameter in _held(network))
+        count = _count(network)
         if name not in learned:
             whole = setting.sharded and setting.keeps_frozen and not isinstance(network, TrunkModel)
             weights = _whole_bytes(network, setting) if whole else _bytes(network, setting)
@@ -257,6 +257,14 @@ def _own_bytes(parameter: nn.Parameter, setting: Setting, each: int) -> int:
 def _held(network: nn.Module) -> set[nn.Parameter]:
     """The parameters that lie in a network: of one on another's trunk, its head alone."""
     return {parameter for part in network.modules() for parameter in part.parameters(recurse=False)}
+
+
+def _count(network: nn.Module) -> int:
+    """Parameters that lie in a network, quantised ones among them by what they stand for."""
+    layers = [part for part in network.modules() if isinstance(part, QuantisedLinear)]
+    codes = {parameter for layer in layers for parameter in (layer.weight, layer.scales)}
+    plain = sum(parameter.numel() for parameter in _held(network) - codes)
+    return plain + sum(layer.in_features * layer.out_features for layer in layers)
 
 
 def _bytes(model: nn.Module, setting: Setting) -> int:

@@ -12,7 +12,7 @@ import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -68,27 +68,23 @@ class Watch(TorchDispatchMode):
     Attributes:
         now: Of those that are there.
         most: Of those that were there at a time, ever.
-        backward: Whether this is a backward pass.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now, self.most, self.backward = 0, 0, False
+        self.now, self.most = 0, 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Every operation comes by here."""
-        self.most = max(self.most, self.now)
+        if func is torch.ops.prim.device.default:  # half of all calls
+            return func(*args)
         out = func(*args, **(kwargs or {}))
-        # Autograd adds gradients up in place, save those of tensors like these: there the old one is freed right after.
-        sums = self.backward and func is torch.ops.aten.add.Tensor and not torch.is_grad_enabled()
         for tensor in tree_leaves(out):
             if isinstance(tensor, Tensor):
                 self._count(tensor)
-        if not sums:
-            self.most = max(self.most, self.now)
         return out
 
     def ignore(self, tensors: Iterator[Tensor]) -> None:
@@ -102,6 +98,7 @@ class Watch(TorchDispatchMode):
             return
         self._known.add(number)
         self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
         weakref.finalize(storage, self._gone, number, storage.nbytes())
 
     def _gone(self, number: int, size: int) -> None:
@@ -124,7 +121,6 @@ def learning(network: Network, tokens: int, arithmetic: Arithmetic) -> Pass:
         watch.most = watch.now
         loss = _outputs(model, ids).sum()
         kept = watch.now - casts
-        watch.backward = True
         loss.backward()
         del loss
         sends()
@@ -167,11 +163,11 @@ def writing(model: PreTrainedModel, sequences: int, prompt: int, response: int, 
             draw(out.logits[:, -1].float(), 0.5, points)
 
         step(prompt, 0)
-        for number, layer in enumerate(cache.layers):
-            filled = [part.new_zeros(*part.shape[:2], max(0, response - 2), part.shape[3])
-                      for part in (layer.keys, layer.values)]  # fmt: skip
-            cache.update(*filled, number)
-            del filled
+        for number, layer in enumerate(cast(list[Any], cache.layers)):
+            keys, values = (
+                part[:, :, :1].expand(-1, -1, max(0, response - 2), -1) for part in (layer.keys, layer.values)
+            )
+            cache.update(keys, values, number)
         step(1, prompt + max(0, response - 2))
         return Pass(casts, 0, watch.most - casts)
 

@@ -19,7 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from align import config as configuration
-from align import evaluate, fit, sample, schema
+from align import evaluate, fit, plan, sample, schema
 from align.config import ConfigError
 from align.evaluate import Evaluation
 from align.sample import Sampling, read_checked
@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EVERY_YAML = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 SWEEPS = [path for path in EVERY_YAML if path.startswith("configs/sweeps/")]
 CONFIGS = [path for path in EVERY_YAML if path not in SWEEPS]
-COUNT = {"runs": 6, "sweeps": 1}
+COUNT = {"runs": 12, "sweeps": 1}
 
 Keys = Mapping[str, Any]
 OWN_KEYS: Mapping[str, Keys] = {
@@ -38,7 +38,8 @@ OWN_KEYS: Mapping[str, Keys] = {
 }
 """Command -> its top-level keys."""
 
-WRITTEN_BY_TOOLS = ("runs/data/", "runs/samples/")
+NO_STAGE_WRITES = ("runs/data/", "runs/samples/", "my/")
+"""Tools and users do."""
 COMMAND = re.compile(r"python -m align\.\w+ configs/(?:[^\n`]*\\\n)*[^\n`]*")
 
 
@@ -58,6 +59,12 @@ def program_of(path: str) -> str:
 
 def checked(program: str, path: str, *overrides: str) -> DictConfig:
     """A configuration, read and checked as the command does; raises ConfigError."""
+    if program == "align.plan":
+        words = iter(overrides)
+        overrides = tuple(word for word in words if word != "--memory" or not next(words).isdigit())
+        config = configuration.read(path, overrides)
+        configuration.check(config, inputs_exist=False)
+        return config
     if program != "align.fit":
         return read_checked(path, overrides, {"align.sample": Sampling, "align.evaluate": Evaluation}[program])
     config = configuration.read(path, overrides)
@@ -88,9 +95,9 @@ def plain(path: str, resolve: bool = False) -> dict[str, Any]:
 
 
 def inputs(path: str) -> set[str]:
-    """The files and folders of runs/ that a configuration reads."""
+    """The files and folders of runs/ that a configuration reads, and the user's own in my/."""
     found = leaves(plain(path, resolve=True))
-    return {value for key, value in found if str(value).startswith("runs/") and key not in ("run_dir", "out")}
+    return {value for key, value in found if str(value).startswith(("runs/", "my/")) and key not in ("run_dir", "out")}
 
 
 def provide(name: str) -> None:
@@ -140,7 +147,7 @@ def test_every_input_is_written_by_an_earlier_stage(path: str) -> None:
     folders = {plain(other)["run_dir"] for other in CONFIGS if "run_dir" in plain(other)}
     folders |= set(re.findall(r"\brun_dir=(\S+)", "\n".join(map(header, CONFIGS))))
     written = {f"{folder}/hf" for folder in folders} | {f"{folder}/hf-ema" for folder in folders if "ppo" in folder}
-    assert {name for name in inputs(path) if not name.startswith(WRITTEN_BY_TOOLS)} <= written
+    assert {name for name in inputs(path) if not name.startswith(NO_STAGE_WRITES)} <= written
 
 
 @pytest.mark.parametrize("path", CONFIGS)
@@ -215,7 +222,7 @@ def test_lines_are_short_enough_to_read(path: str) -> None:
 def texts() -> dict[str, str]:
     """Everything that shows commands to a user: documents, `--help`, and the headers of configurations."""
     found = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "docs/extend.md")}
-    found |= {program.__name__: program.EPILOG for program in (fit, sample, evaluate)}
+    found |= {program.__name__: program.EPILOG for program in (fit, plan, sample, evaluate)}
     for path in CONFIGS:
         overrides = " ".join(re.findall(r"(?<!\S)[a-z_.]+=[a-z0-9_./-]+(?!\S)", header(path)))
         found[path] = f"python -m {program_of(path)} {path} {overrides}"

@@ -107,6 +107,14 @@ def present(model: nn.Module) -> bool:
     return any(_is_adapted(module) for module in model.modules())
 
 
+def form(model: nn.Module) -> LoRA:
+    """Of a model's own adapter, without its dropout."""
+    own = {path: layer for path, layer in _layers(model).items() if OWN in layer.lora_A}
+    one = next(iter(own.values()))
+    targets = sorted({path.rpartition(".")[2] for path in own})
+    return LoRA(rank=one.r[OWN], alpha=one.lora_alpha[OWN], targets=targets)
+
+
 @contextlib.contextmanager
 def using(model: nn.Module, name: str | None) -> Iterator[None]:
     """The model with one adapter inside the block, or with none. Backward passes belong in the block too.
@@ -186,9 +194,8 @@ def write(model: PreTrainedModel, value_of: Callable[[str], Tensor], folder: Pat
     found |= {name: value_of(name) for name in head}
     if not distributed.is_first():
         return
-    one = next(iter(own.values()))
-    lora = LoRA(rank=one.r[OWN], alpha=one.lora_alpha[OWN])
-    config = _config(lora, sorted({path.rpartition(".")[2] for path in own})).to_dict() | {
+    lora = form(model)
+    config = _config(lora, list(lora.targets or ())).to_dict() | {
         "base_model_name_or_path": model.config.name_or_path,
         "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         "modules_to_save": ["score"] if head else None,

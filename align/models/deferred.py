@@ -2,6 +2,8 @@
 
 So a model that is sharded never exists whole on any rank. Where a folder's files do not hold the model's tensors under
 their own names (other formats than safetensors, weights that transformers converts), it is loaded whole as ever.
+
+Where only shapes matter, models have no weights at all, nor files that could hold them.
 """
 
 import contextlib
@@ -30,6 +32,7 @@ SINGLE = "model.safetensors"
 
 class _State:
     wanted = False
+    only_shapes = False
 
 
 @contextlib.contextmanager
@@ -45,6 +48,21 @@ def weights() -> Iterator[None]:
 def wanted() -> bool:
     """Whether models shall be made without weights."""
     return _State.wanted
+
+
+@contextlib.contextmanager
+def shapes() -> Iterator[None]:
+    """Models loaded inside the block have shapes alone; of their folders or hub names only the config.json is read."""
+    before, _State.only_shapes = _State.only_shapes, True
+    try:
+        yield
+    finally:
+        _State.only_shapes = before
+
+
+def only_shapes() -> bool:
+    """Whether models shall have no weights, now or ever."""
+    return _State.only_shapes
 
 
 @dataclass(frozen=True)
@@ -85,6 +103,12 @@ def make(factory: Any, path: str, **arguments: Any) -> PreTrainedModel | None:
         return None
     setattr(model, ATTRIBUTE, Source(files))
     return model
+
+
+def outline(factory: Any, **arguments: Any) -> PreTrainedModel:
+    """A model of the factory's `from_config` that has shapes alone: see `shapes`."""
+    with _parameters_on_meta():
+        return factory.from_config(**arguments)
 
 
 def source_of(model: PreTrainedModel) -> Source | None:

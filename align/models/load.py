@@ -14,6 +14,8 @@ from typing import Any, Literal, TypeVar
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -24,6 +26,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import logging as hf_logging
 
@@ -55,11 +58,13 @@ HASHED_AT_ONCE = 2**24
 
 
 def load_tokenizer(path: ModelPath) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder or hub name.
+    """The tokenizer of a folder or hub name; where only shapes matter (`deferred.shapes`), one that stands for any.
 
     Raises:
         ValueError: It has no EOS token, without which no response can end.
     """
+    if deferred.only_shapes():
+        return PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"</s>": 0})), eos_token="</s>")
     tokenizer = AutoTokenizer.from_pretrained(path)
     if tokenizer.eos_token_id is None:
         raise ValueError(
@@ -133,7 +138,7 @@ def load_scalar_model(
     config.num_labels = 1
     factory, kind = AutoModelForSequenceClassification, getattr(torch, dtype)
     model = _from_pretrained(factory, path, quantise, config=config, dtype=kind)
-    if not trained:
+    if not trained and not deferred.only_shapes():
         drawn = initialise_head(ScalarModel(model).head, seeds.generator(seed, "head"))
         if (source := deferred.source_of(model)) is not None:
             source.made["score.weight"] = drawn
@@ -293,7 +298,15 @@ def fingerprint(model: nn.Module, names: Collection[str] | None = None) -> str:
 
 
 def _config_without_dropout(path: str) -> PretrainedConfig:
-    config = AutoConfig.from_pretrained(path)
+    try:
+        config = AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        if not deferred.only_shapes():
+            raise
+        raise ValueError(
+            f"{path!r} has no config.json that can be read, and only that says what shape the model has; give the "
+            "folder or hub name of a model of the same shape"
+        ) from error
     for name in DROPOUTS:
         if isinstance(getattr(config, name, None), float):
             setattr(config, name, 0.0)
@@ -301,17 +314,21 @@ def _config_without_dropout(path: str) -> PretrainedConfig:
 
 
 def _from_pretrained(factory: Any, path: str, bits: Bits | None, **arguments: Any) -> PreTrainedModel:
+    model = deferred.outline(factory, **arguments) if deferred.only_shapes() else _read(factory, path, bits, arguments)
+    use_attend(model)
+    if bits is not None:
+        quantise_model(model, bits)
+    return model
+
+
+def _read(factory: Any, path: str, bits: Bits | None, arguments: dict[str, Any]) -> PreTrainedModel:
     # What is to be quantised is read tensor by tensor, so that it is never there whole in its own type.
     model = deferred.make(factory, path, **arguments) if deferred.wanted() or bits else None
     if model is None:
         with _quiet():
-            model = factory.from_pretrained(path, **arguments)
-    else:
-        with contextlib.suppress(OSError):  # many models have none
-            model.generation_config = GenerationConfig.from_pretrained(path)
-    use_attend(model)
-    if bits is not None:
-        quantise_model(model, bits)
+            return factory.from_pretrained(path, **arguments)
+    with contextlib.suppress(OSError):  # many models have none
+        model.generation_config = GenerationConfig.from_pretrained(path)
     return model
 
 

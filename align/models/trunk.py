@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.models import adapters
+from align.models import adapters, deferred
 from align.models.heads import ScalarModel
 from align.paths import ModelPath
 
@@ -101,7 +101,8 @@ class Adapter:
         """The adapter on a policy.
 
         Args:
-            policy: With LoRA, of the same base model.
+            policy: With LoRA, of the same base model. Where only shapes matter (`deferred.shapes`), nothing is read,
+                and the adapter is of the form of the policy's.
             name: Of the adapter in the policy.
             trained: Whether it shall learn.
 
@@ -113,6 +114,11 @@ class Adapter:
                 f"{name}: an Adapter needs a policy with frozen weights; give module.policy.lora, or load {self.path} "
                 "with align.models.load.load_scalar_model"
             )
+        if deferred.only_shapes():
+            adapters.add(policy, adapters.form(policy), name=name)
+            for _, parameter in adapters.named_parameters(policy, name):
+                parameter.requires_grad_(trained)
+            return TrunkModel(policy, _projection(policy, {}, trained), name)
         folder = Path(self.path)
         inner = folder / FOLDER if (folder / FOLDER).is_dir() else folder
         if not (inner / adapters.CONFIG).is_file():
