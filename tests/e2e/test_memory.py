@@ -8,10 +8,7 @@ import pytest
 
 from align import launch
 
-CASES = {
-    1: ("sft-gpt2", "sft-llama-checkpointing", "ppo-qwen3"),
-    2: ("sft-llama", "sft-qwen3-checkpointing"),
-}
+CASES = {1: ("sft-gpt2", "ppo-qwen3"), 2: ("sft-llama-checkpointing",)}
 """Processes, which share the weights if there are several -> objective, family, and what else is so."""
 
 
