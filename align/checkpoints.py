@@ -34,6 +34,8 @@ SHARDED = "__sharded__"
 """Key of the note that stands for such a tensor in the state."""
 MANIFEST = "manifest.json"
 PATTERN = "step-*"
+SHORT = "unexpected pos"
+"""What torch says where a write took less than it was given, when the system's error has been lost on the way."""
 FORMAT = 1
 """Of the manifest; another number is another layout."""
 
@@ -252,6 +254,10 @@ def _cause(error: BaseException) -> str:
     system = _system_error(error)
     if system is not None and system.strerror:
         return system.strerror
+    if isinstance(error, CheckpointException) and error.failures:
+        error = next(iter(error.failures.values()))[0]
+    if SHORT in str(error):
+        return "only a part of a file was, so the disk is probably full"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

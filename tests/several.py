@@ -47,10 +47,19 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def assert_same(run: Path, other: Path) -> None:
     """Equal weights and logged numbers, but for rounding, and as many rows."""
     own, theirs = weights(run), weights(other)
-    for name in theirs:
-        torch.testing.assert_close(
-            own[name], theirs[name], rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
-        )
+    assert own.keys() == theirs.keys()
+    assert_close(own, theirs)
+    assert_same_metrics(run, other)
+
+
+def assert_close(own: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor]) -> None:
+    """Equal weights, but for rounding."""
+    for name, weight in own.items():
+        torch.testing.assert_close(weight, theirs[name], rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}")
+
+
+def assert_same_metrics(run: Path, other: Path) -> None:
+    """Equal logged numbers, but for rounding, and as many rows."""
     rows = [crash_runs.metrics(folder) for folder in (run, other)]
     assert len(rows[0]) == len(rows[1])
     for one, two in zip(*rows, strict=True):

@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,33 +12,24 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import eight_bit_ranks
 import pytest
 import torch
 from safetensors.torch import load_file
+from several import SHARDED, assert_close, assert_same, assert_same_metrics, command, go_back, prepare, weights
 
 from align import checkpoints, export, fit, interrupt, launch, resume
 from align.models.load import load_causal_lm, write_model
-from tools import crash_runs
 
 KINDS = ("sft", "reward", "ppo-ptx")
-SHARDED = "{_target_: align.strategy.FSDP}"
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model and text; 161 demonstrations, so that the last batch has a single one."""
+    """A tiny model and data."""
     folder = tmp_path_factory.mktemp("world")
-    crash_runs.prepare(folder)
-    rows = (folder / "rows.jsonl").read_text().splitlines(keepends=True)
-    (folder / "rows.jsonl").write_text("".join([*rows, rows[0]]))
+    prepare(folder)
     return folder
-
-
-def command(kind: str, world: Path, run: Path, *overrides: str) -> list[str]:
-    """A run that keeps all its checkpoints; without dropout, whose draws depend on the number of processes."""
-    own = ["module.model.dropout=0", "data.mix=null", "data.mix_fraction=0"] if kind == "sft" else []
-    keep = ["callbacks.checkpoints.keep=99", "overwrite=false"]
-    return [*crash_runs.arguments(kind, world, 0), *own, *keep, f"run_dir={run}", *overrides]
 
 
 @pytest.fixture(scope="module")
@@ -47,27 +39,6 @@ def alone(world: Path) -> dict[str, Path]:
     for kind, run in runs.items():
         assert fit.main(command(kind, world, run)) == 0
     return runs
-
-
-def weights(run: Path) -> dict[str, torch.Tensor]:
-    return load_file(run / "hf" / "model.safetensors")
-
-
-def assert_same(run: Path, other: Path) -> None:
-    """Equal weights and logged numbers, but for rounding, and as many rows."""
-    own, theirs = weights(run), weights(other)
-    for name in theirs:
-        torch.testing.assert_close(
-            own[name], theirs[name], rtol=1e-4, atol=2e-5, msg=lambda text, n=name: f"{n}: {text}"
-        )
-    rows = [crash_runs.metrics(folder) for folder in (run, other)]
-    assert len(rows[0]) == len(rows[1])
-    for one, two in zip(*rows, strict=True):
-        assert one.keys() == two.keys()
-        for name, value in one.items():
-            assert (value == "") == (two[name] == ""), name
-            if value:
-                assert float(value) == pytest.approx(float(two[name]), rel=1e-3, abs=2e-5), (one["step"], name)
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +64,51 @@ def test_two_processes_that_share_weights_do_too(alone: dict[str, Path], sharded
     assert saved == [".metadata", "__0_0.distcp", "__1_0.distcp"]
 
 
+def test_recomputed_activations_and_8_bit_state_are_shared_too(world: Path, tmp_path: Path) -> None:
+    """The two down projections have 8-bit state, all else has 32.
+
+    A gradient that differs in its last bits can put a moment on the other side of the border between two codes, up to a
+    tenth apart; so a few of these weights move differently by a part of a step, of which one is at most the learning
+    rate, 3e-3. Measured: 82 of 16,384 codes differ, 6 of 4,096 weights by more than 2e-5, at most by 4e-4, and all of
+    them by 2e-7 on average.
+    """
+    optim = "module.optim.name=adamw8bit"
+    shared = ["module.model.gradient_checkpointing=true", "module.micro_batch_tokens=300", "trainer.devices=2"]
+    runs = [tmp_path / "two", tmp_path / "alone"]
+    assert fit.main(command("sft", world, runs[0], optim, *shared, f"trainer.strategy={SHARDED}")) == 0
+    assert fit.main(command("sft", world, runs[1], optim)) == 0
+    states = checkpoints.read(checkpoints.found(runs[0] / "checkpoints")[0])["optimizer_states"][0]["state"].values()
+    assert sum(state["state1"].dtype == torch.uint8 for state in states) == 2
+    own, theirs = map(weights, runs)
+    quantised = {name for name in own if name.endswith("down_proj.weight")}
+    assert_close({name: own[name] for name in own.keys() - quantised}, theirs)
+    for name in quantised:
+        apart = (own[name] - theirs[name]).abs()
+        assert apart.mean() < 2e-6 and apart.max() < 1.5e-3 and (apart > 2e-5).float().mean() < 0.005
+    assert_same_metrics(*runs)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    words = command("sft", world, disk / "run", "trainer.devices=2", f"trainer.strategy={SHARDED}")
+    try:
+        assert fit.main(words) == 1
+        message = capfd.readouterr().err
+        assert "Traceback" not in message
+        assert re.search(
+            "could not be written: (No space left on device|only a part of a file was, .*full)[.]", message
+        )
+        good, damaged = checkpoints.newest_good(disk / "run" / "checkpoints")
+        assert good is not None and damaged == []
+        assert 0 < checkpoints.step_of(good) < 22 and not list((disk / "run" / "checkpoints").glob(".*"))
+    finally:
+        subprocess.run(["umount", disk], check=True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_checkpoint_is_exported_however_it_was_saved(
     alone: dict[str, Path], sharded: dict[str, Path], kind: str, tmp_path: Path
@@ -112,7 +128,7 @@ def test_a_checkpoint_is_exported_however_it_was_saved(
 
 def test_export_takes_some_tensors_at_a_time(sharded: dict[str, Path], tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(export, "write_model", functools.partial(write_model, file_bytes=20_000))
-    assert export.main([str(sharded["sft"] / "checkpoints" / "step-000000012"), str(tmp_path / "out")]) == 0
+    assert export.main([str(sharded["sft"] / "checkpoints" / "step-000000022"), str(tmp_path / "out")]) == 0
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 3
     model, whole = load_causal_lm(str(tmp_path / "out")), load_causal_lm(str(sharded["sft"] / "hf"))
     assert all(torch.equal(one, other) for one, other in zip(model.parameters(), whole.parameters(), strict=True))
@@ -137,19 +153,11 @@ def test_export_says_what_is_wrong(
     assert f"step-{checkpoints.step_of(newest):09d}: not used, shards/__1_0.distcp has" in capsys.readouterr().err
 
 
-def go_back(run: Path, step: int) -> None:
-    """Leaves of a run what a kill shortly after a step would have left."""
-    (run / "finished.json").unlink()
-    for folder in (run / "hf", run / "hf-ema", *checkpoints.found(run / "checkpoints")):
-        if folder.exists() and (folder.parent == run or checkpoints.step_of(folder) > step):
-            shutil.rmtree(folder)
-
-
 def test_a_run_goes_on_with_another_number_of_processes(world: Path, alone: dict[str, Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(alone["ppo-ptx"], run)
     # Each time from a checkpoint in the middle of a rollout that the way before has saved: alone, DDP, FSDP, alone.
-    for step, processes, strategy in ((2, 2, "auto"), (6, 2, SHARDED), (10, 1, "auto")):
+    for step, processes, strategy in ((4, 2, "auto"), (10, 2, SHARDED), (16, 1, "auto")):
         go_back(run, step)
         assert checkpoints.step_of(checkpoints.found(run / "checkpoints")[0]) == step
         words = command("ppo-ptx", world, run, f"trainer.devices={processes}", f"trainer.strategy={strategy}")
@@ -232,7 +240,10 @@ def test_eight_bit_state_has_the_same_bits_on_any_number_of_ranks(tmp_path: Path
     for processes in (1, 2, 4):
         out = tmp_path / f"{processes}.pt"
         script = Path(__file__).with_name("eight_bit_ranks.py")
-        assert launch.run([sys.executable, str(script), str(out)], processes) == 0
+        if processes == 1:
+            eight_bit_ranks.main(str(out))
+        else:
+            assert launch.run([sys.executable, str(script), str(out)], processes) == 0
         found.append(torch.load(out, weights_only=True))
     assert found[0]["one.state1"].dtype == torch.uint8 and found[0]["one.state1"].any()
     assert found[0]["small.state1"].dtype == torch.float32
