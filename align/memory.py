@@ -206,7 +206,7 @@ def plan(module: AlignModule, setting: Setting) -> Plan:
         if isinstance(network, ScalarModel) and one_pass(network):
             step = traced.Pass(0, 0, 0)  # its pass is the policy's
         else:
-            step = traced.learning(network, setting.tokens, setting.arithmetic)
+            step = traced.learning(network, setting.arithmetic, setting.tokens)
         weights = _bytes(network, setting)
         shares.append(Share(name, count, weights, gradients, state, step.casts, step.kept, setting.offloaded))
         passing = max(passing, step.passing)
@@ -303,12 +303,12 @@ def _rollout(models: Mapping[str, Network], setting: Setting) -> int:
     policy = models.get("policy")
     if setting.decoding is None or not isinstance(policy, PreTrainedModel):
         return 0
-    written = traced.writing(policy, *setting.decoding, setting.arithmetic).passing
+    written = traced.writing(policy, setting.arithmetic, *setting.decoding).passing
     if not setting.sharded:
         return written
     needs = [written + _whole_bytes(policy, setting)]
     for network in _of_different_shapes(models.values()):
-        scored = traced.scoring(network, setting.tokens, setting.arithmetic).passing
+        scored = traced.scoring(network, setting.arithmetic, setting.tokens).passing
         needs.append(scored + _whole_bytes(inner(network), setting))
     return max(needs)
 

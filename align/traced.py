@@ -8,11 +8,12 @@ itself is not seen.
 
 import contextlib
 import copy
+import functools
 import gc
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import astuple, dataclass, replace
+from typing import Any, Concatenate, ParamSpec, cast
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ from align.rollout.sampler import draw
 
 Network = PreTrainedModel | ScalarModel
 
+Arguments = ParamSpec("Arguments")
+
+DEPTHS = (4, 8)
+"""Blocks that are traced of deeper models. Each further block adds as much: also where kinds of blocks take turns."""
+
 TYPICAL_LENGTH = 512
 """Tokens of a sequence in the pass that is counted; what is held hardly depends on it."""
 
@@ -40,11 +46,13 @@ class Arithmetic:
         dtype: Of the arithmetic, where it is not that of the weights.
         sharded: Weights come gathered in `dtype`, gradients leave block by block.
         gpu: On a GPU, whose attention takes any number format (`align.models.attention`).
+        depth: The model's first blocks, so many; None: all.
     """
 
     dtype: torch.dtype | None = None
     sharded: bool = False
     gpu: bool = False
+    depth: int | None = None
 
 
 @dataclass(frozen=True)
@@ -106,13 +114,31 @@ class Watch(TorchDispatchMode):
         self.now -= size
 
 
-def learning(network: Network, tokens: int, arithmetic: Arithmetic) -> Pass:
+def _by_depth(
+    traced: Callable[Concatenate[Network, Arithmetic, Arguments], Pass],
+) -> Callable[Concatenate[Network, Arithmetic, Arguments], Pass]:
+    """What is found of a deep model from two shallow ones."""
+
+    @functools.wraps(traced)
+    def found(network: Network, arithmetic: Arithmetic, *arguments: Arguments.args, **named: Arguments.kwargs) -> Pass:
+        depth = len(sharding.blocks(_inner(network)))
+        if depth <= DEPTHS[1]:
+            return traced(network, arithmetic, *arguments, **named)
+        few, more = (astuple(traced(network, replace(arithmetic, depth=part), *arguments, **named)) for part in DEPTHS)
+        further = (depth - DEPTHS[1]) / (DEPTHS[1] - DEPTHS[0])
+        return Pass(*(round(high + further * (high - low)) for low, high in zip(few, more, strict=True)))
+
+    return found
+
+
+@_by_depth
+def learning(network: Network, arithmetic: Arithmetic, tokens: int) -> Pass:
     """A micro-batch's forward and backward pass, as a module makes it that has made others before in this step.
 
     Args:
         network: In its training mode; on any device, also without weights.
-        tokens: Of the micro-batch.
         arithmetic: How it is computed.
+        tokens: Of the micro-batch.
     """
     with _hollow(network, arithmetic) as (model, watch):
         sends = _sent_block_by_block(model, watch) if arithmetic.sharded else _added_up(model, watch)
@@ -127,8 +153,9 @@ def learning(network: Network, tokens: int, arithmetic: Arithmetic) -> Pass:
         return Pass(casts, kept, watch.most - kept - casts)
 
 
-def scoring(network: Network, tokens: int, arithmetic: Arithmetic) -> Pass:
-    """A micro-batch's forward pass without gradients."""
+@_by_depth
+def scoring(network: Network, arithmetic: Arithmetic, tokens: int) -> Pass:
+    """A micro-batch's forward pass without gradients. Arguments as of `learning`."""
     with _hollow(network, arithmetic) as (model, watch), torch.no_grad():
         model.eval()
         ids = _ids(tokens, _inner(model))
@@ -138,17 +165,18 @@ def scoring(network: Network, tokens: int, arithmetic: Arithmetic) -> Pass:
         return Pass(casts, 0, watch.most - casts)
 
 
-def writing(model: PreTrainedModel, sequences: int, prompt: int, response: int, arithmetic: Arithmetic) -> Pass:
+@_by_depth
+def writing(network: Network, arithmetic: Arithmetic, sequences: int, prompt: int, response: int) -> Pass:
     """Answering prompts: the pass over them, and the last step, when the cache of keys and values is fullest.
 
     Args:
-        model: The policy.
+        network: The policy.
+        arithmetic: How it is computed.
         sequences: Answered at a time.
         prompt: Tokens of each prompt.
         response: Tokens of each response.
-        arithmetic: How it is computed.
     """
-    with _hollow(model, arithmetic) as (policy, watch), torch.no_grad():
+    with _hollow(network, arithmetic) as (policy, watch), torch.no_grad():
         policy.eval()
         casts = _casts(policy, watch, torch.zeros((1, 2), dtype=torch.long))
         watch.most = watch.now
@@ -186,12 +214,22 @@ def _hollow(network: Network, arithmetic: Arithmetic) -> Iterator[tuple[Any, Wat
             instead[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
     own = list(instead.values())
     model = copy.deepcopy(network, instead)
+    if arithmetic.depth is not None:
+        _cut(_inner(model), arithmetic.depth)
     if arithmetic.gpu and _inner(model).config._attn_implementation != "eager":
         _inner(model).set_attn_implementation("sdpa")
     watch.ignore(iter(own))
     autocast = torch.autocast("cpu", arithmetic.dtype, enabled=arithmetic.dtype is not None)
     with mode, torch.device("cpu"), watch, autocast:
         yield model, watch
+
+
+def _cut(model: PreTrainedModel, depth: int) -> None:
+    """Leaves the first blocks of a model."""
+    first = sharding.blocks(model)[0]
+    (stack,) = (part for part in model.modules() if isinstance(part, nn.ModuleList) and part[0] is first)
+    del stack[depth:]
+    model.config.get_text_config().num_hidden_layers = depth
 
 
 def _outputs(model: Network, ids: Tensor) -> Tensor:

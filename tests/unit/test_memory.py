@@ -1,5 +1,6 @@
 """What a plan counts, beside the tensors that are really made."""
 
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import tiny
 import torch
 
 from align import memory, traced
+from align.models import sharding
 from align.models.adapters import LoRA
 from align.models.load import load_causal_lm, load_scalar_model, save_model
 from align.models.trunk import Adapter, Head
@@ -136,10 +138,10 @@ def test_frozen_models_that_stay_whole_count_whole_in_the_arithmetics_type(folde
 
 def test_activations_grow_with_tokens_and_shrink_by_checkpointing() -> None:
     one = module(num_hidden_layers=8)
-    few, many = (traced.learning(one.model, tokens, Arithmetic()).kept for tokens in (512, 2048))
+    few, many = (traced.learning(one.model, Arithmetic(), tokens).kept for tokens in (512, 2048))
     assert many == pytest.approx(4 * few, rel=0.02)
     one.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    assert traced.learning(one.model, 512, Arithmetic()).kept < 0.3 * few
+    assert traced.learning(one.model, Arithmetic(), 512).kept < 0.3 * few
     assert one.model.is_gradient_checkpointing
 
 
@@ -150,25 +152,42 @@ def test_a_tied_matrix_has_a_gradient_that_waits_for_the_other() -> None:
     """
     sizes = {"vocab_size": 16384, "hidden_size": 16, "num_attention_heads": 1, "num_key_value_heads": 1}
     for tied, matrices in ((True, 3), (False, 1)):
-        step = traced.learning(tiny.llama(tied=tied, **sizes).train(), 2, Arithmetic())
+        step = traced.learning(tiny.llama(tied=tied, **sizes).train(), Arithmetic(), 2)
         assert (step.kept + step.passing) / (16384 * 16 * 4) == pytest.approx(matrices, abs=0.2)
 
 
 def test_mixed_precision_keeps_weights_once_more_and_half_the_activations() -> None:
     model = tiny.llama(hidden_size=128, intermediate_size=1024, num_hidden_layers=4).train()
-    whole, mixed = (traced.learning(model, 512, Arithmetic(dtype, gpu=True)) for dtype in (None, torch.bfloat16))
+    whole, mixed = (traced.learning(model, Arithmetic(dtype, gpu=True), 512) for dtype in (None, torch.bfloat16))
     products = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
     assert whole.casts == 0 and mixed.casts == sum(2 * weight.numel() for weight in products)
     assert 0.4 < mixed.kept / whole.kept < 0.7
-    gathered = traced.learning(model, 512, Arithmetic(torch.bfloat16, sharded=True, gpu=True))
+    gathered = traced.learning(model, Arithmetic(torch.bfloat16, sharded=True, gpu=True), 512)
     assert gathered.casts == 0  # which come in bfloat16
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_deep_model_needs_what_two_shallow_ones_tell(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = (tiny.llama(num_hidden_layers=11) if family == "llama" else tiny.gpt2(n_layer=11)).train()
+
+    def passes() -> list[tuple[int, int, int]]:
+        mixed = Arithmetic(torch.bfloat16, gpu=True)
+        found = [traced.learning(model, mixed, 128), traced.learning(model, Arithmetic(sharded=True), 128)]
+        found += [traced.scoring(model, mixed, 128), traced.writing(model, Arithmetic(), 4, 8, 30)]
+        return [astuple(one) for one in found]
+
+    guessed = passes()
+    monkeypatch.setattr(traced, "DEPTHS", (99, 99))
+    for guess, exact in zip(guessed, passes(), strict=True):
+        assert guess == pytest.approx(exact, rel=1e-3) and sum(exact) > 0
+    assert len(sharding.blocks(model)) == 11
 
 
 def test_nothing_is_computed_and_nothing_changes() -> None:
     model = tiny.llama().train()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    traced.learning(model, 64, Arithmetic())
-    traced.writing(model, 2, 8, 4, Arithmetic())
+    traced.learning(model, Arithmetic(), 64)
+    traced.writing(model, Arithmetic(), 2, 8, 4)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters()) and model.training
 
@@ -176,7 +195,7 @@ def test_nothing_is_computed_and_nothing_changes() -> None:
 def test_responses_need_a_cache_of_all_their_tokens() -> None:
     """Two layers of 2 heads of 8 numbers, keys and values, of 64 sequences of 256 tokens, in float32."""
     model = tiny.llama(max_position_embeddings=512)
-    short, long = (traced.writing(model, 64, 8, response, Arithmetic()).passing for response in (56, 248))
+    short, long = (traced.writing(model, Arithmetic(), 64, 8, response).passing for response in (56, 248))
     assert long - short == pytest.approx(64 * 192 * 2 * 2 * 2 * 8 * 4, rel=0.5)
     assert long > 64 * 255 * 2 * 2 * 2 * 8 * 4
 
