@@ -203,16 +203,19 @@ def writing(network: Network, arithmetic: Arithmetic, sequences: int, prompt: in
 @contextlib.contextmanager
 def _hollow(network: Network, arithmetic: Arithmetic) -> Iterator[tuple[Any, Watch]]:
     """The network with tensors without contents in it, the arithmetic switched on, and what counts new tensors."""
-    mode, watch, instead = FakeTensorMode(), Watch(), {}
+    mode, watch = FakeTensorMode(), Watch()
+    deeper = sharding.blocks(_inner(network))[arithmetic.depth :] if arithmetic.depth is not None else []
+    instead: dict[int, Any] = {id(block): nn.Identity() for block in deeper}
+    unused = {parameter for block in deeper for parameter in block.parameters()}
     with mode, torch.device("cpu"):
         quantised = is_quantised(_inner(network))
-        for parameter in {*network.parameters(), *_inner(network).parameters()}:
+        for parameter in {*network.parameters(), *_inner(network).parameters()} - unused:
             gathered = arithmetic.dtype if arithmetic.sharded and not quantised else None
             empty = torch.empty(parameter.shape, dtype=gathered or parameter.dtype)
             instead[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
         for buffer in {*network.buffers(), *_inner(network).buffers()}:
             instead[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
-    own = list(instead.values())
+    own = [tensor for tensor in instead.values() if isinstance(tensor, Tensor)]
     model = copy.deepcopy(network, instead)
     if arithmetic.depth is not None:
         _cut(_inner(model), arithmetic.depth)

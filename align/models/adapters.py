@@ -88,14 +88,16 @@ def add(model: PreTrainedModel, lora: LoRA, *, name: str = OWN, seed: int = 0) -
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`")
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute in the model")
-        inject_adapter_in_model(_config(lora, chosen), model, name)
+        # On the meta device: peft would draw values, and from a generator that is not this function's.
+        inject_adapter_in_model(_config(lora, chosen), model, name, low_cpu_mem_usage=True)
+    for layer in _layers(model).values():
+        for part in _PARTS if name in layer.lora_A else ():
+            # In float32 whatever the base model is kept in; and where that is.
+            getattr(layer, part)[name].float().to_empty(device=layer.get_base_layer().weight.device)
     for parameter in model.parameters():
         parameter.requires_grad_(before.get(parameter, True))
     generator = seeds.generator(seed, "lora")
-    for layer in _layers(model).values():
-        for part in _PARTS if name in layer.lora_A else ():
-            getattr(layer, part)[name].float()  # whatever the base model is kept in
-    for place, parameter in named_parameters(model, name):
+    for place, parameter in named_parameters(model, name) if not deferred.only_shapes() else ():
         uniform = torch.rand(parameter.shape, generator=generator) * 2.0 - 1.0
         of_a = ".lora_A." in place
         _set(model, place, parameter, uniform / parameter.shape[1] ** 0.5 if of_a else torch.zeros(parameter.shape))
