@@ -204,7 +204,7 @@ def plan(module: AlignModule, setting: Setting) -> Plan:
         gradients = sum(_own_bytes(p, setting, p.element_size()) for p in learned[name])
         state = sum(_state_bytes(p, setting, p in embeddings) for p in learned[name])
         if isinstance(network, ScalarModel) and one_pass(network):
-            step = traced.Pass(0, 0, 0)  # its pass is the policy's
+            step = traced.Pass()  # its pass is the policy's
         else:
             step = traced.learning(network, setting.arithmetic, setting.tokens)
         weights = _bytes(network, setting)

@@ -34,6 +34,9 @@ Arguments = ParamSpec("Arguments")
 DEPTHS = (4, 8)
 """Blocks that are traced of deeper models. Each further block adds as much: also where kinds of blocks take turns."""
 
+EARLY = 3
+"""Blocks after which the backward pass does with each block what it did with the one before, and keeps one less."""
+
 TYPICAL_LENGTH = 512
 """Tokens of a sequence in the pass that is counted; what is held hardly depends on it."""
 
@@ -62,12 +65,19 @@ class Pass:
     Attributes:
         casts: Weights once more, in the arithmetic's number format; autocast keeps them for the whole step.
         kept: When the forward pass has ended: what the backward pass needs.
-        passing: The most that is there beyond that at any time.
+        early: The most that is there with all this, until the last `EARLY` blocks' backward passes are done.
+        late: The most after that.
     """
 
-    casts: int
-    kept: int
-    passing: int
+    casts: int = 0
+    kept: int = 0
+    early: int = 0
+    late: int = 0
+
+    @property
+    def passing(self) -> int:
+        """The most that is there beyond casts and what is kept, at any time."""
+        return max(self.early, self.late) - self.kept - self.casts
 
 
 class Watch(TorchDispatchMode):
@@ -75,12 +85,13 @@ class Watch(TorchDispatchMode):
 
     Attributes:
         now: Of those that are there.
-        most: Of those that were there at a time, ever.
+        most: Of those that were there at a time, since `mark` was called.
+        earlier: Of those that were there at a time, before that.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.now, self.most = 0, 0
+        self.now, self.most, self.earlier = 0, 0, 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(
@@ -94,6 +105,11 @@ class Watch(TorchDispatchMode):
             if isinstance(tensor, Tensor):
                 self._count(tensor)
         return out
+
+    def mark(self) -> None:
+        """A part of the pass has ended, and another begins; the first call counts."""
+        if not self.earlier:
+            self.earlier, self.most = self.most, self.now
 
     def ignore(self, tensors: Iterator[Tensor]) -> None:
         """Leaves tensors out that were made before."""
@@ -117,7 +133,7 @@ class Watch(TorchDispatchMode):
 def _by_depth(
     traced: Callable[Concatenate[Network, Arithmetic, Arguments], Pass],
 ) -> Callable[Concatenate[Network, Arithmetic, Arguments], Pass]:
-    """What is found of a deep model from two shallow ones."""
+    """What is found of a deep model from two shallow ones: each number grows by as much with each block."""
 
     @functools.wraps(traced)
     def found(network: Network, arithmetic: Arithmetic, *arguments: Arguments.args, **named: Arguments.kwargs) -> Pass:
@@ -142,6 +158,10 @@ def learning(network: Network, arithmetic: Arithmetic, tokens: int) -> Pass:
     """
     with _hollow(network, arithmetic) as (model, watch):
         sends = _sent_block_by_block(model, watch) if arithmetic.sharded else _added_up(model, watch)
+        # What is kept shrinks with each block: the most is there when the backward pass begins, or when it ends.
+        for parameter in (p for block in sharding.blocks(_inner(model))[:-EARLY] for p in block.parameters()):
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda _: watch.mark())
         ids = _ids(tokens, _inner(model))
         casts = _casts(model, watch, ids)
         watch.most = watch.now
@@ -150,7 +170,8 @@ def learning(network: Network, arithmetic: Arithmetic, tokens: int) -> Pass:
         loss.backward()
         del loss
         sends()
-        return Pass(casts, kept, watch.most - kept - casts)
+        watch.mark()
+        return Pass(casts, kept, watch.earlier, watch.most)
 
 
 @_by_depth
@@ -162,7 +183,7 @@ def scoring(network: Network, arithmetic: Arithmetic, tokens: int) -> Pass:
         casts = _casts(model, watch, ids)
         watch.most = watch.now
         _outputs(model, ids)
-        return Pass(casts, 0, watch.most - casts)
+        return Pass(casts, 0, watch.most)
 
 
 @_by_depth
@@ -191,13 +212,14 @@ def writing(network: Network, arithmetic: Arithmetic, sequences: int, prompt: in
             draw(out.logits[:, -1].float(), 0.5, points)
 
         step(prompt, 0)
+        watch.mark()
         for number, layer in enumerate(cast(list[Any], cache.layers)):
             keys, values = (
                 part[:, :, :1].expand(-1, -1, max(0, response - 2), -1) for part in (layer.keys, layer.values)
             )
             cache.update(keys, values, number)
         step(1, prompt + max(0, response - 2))
-        return Pass(casts, 0, watch.most - casts)
+        return Pass(casts, 0, watch.earlier, watch.most)
 
 
 @contextlib.contextmanager
