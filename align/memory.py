@@ -211,7 +211,7 @@ def plan(module: AlignModule, setting: Setting) -> Plan:
         shares.append(Share(name, count, weights, gradients, state, step.casts, step.kept, setting.offloaded))
         passing = max(passing, step.passing)
         if setting.sharded and not isinstance(network, TrunkModel):
-            gathered += _gathered(inner(network), setting)
+            gathered = max(gathered, _gathered(inner(network), setting))  # one network learns after the other
     return Plan(tuple(shares), passing, gathered, _rollout(networks(module), setting))
 
 

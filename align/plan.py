@@ -179,11 +179,15 @@ def _arithmetic(share: Share, module: AlignModule, setting: Setting) -> str:
     """What one parameter of a network costs."""
     name, count = share.name, share.parameters
     network = memory.networks(module)[name]
+    learns = setting.optimizer if name in module.networks() else "frozen"
+    if isinstance(network, TrunkModel):
+        own = sum(parameter.numel() for parameter in network.parameters())
+        what = "a head" if network.adapter is None else "an adapter and a head"
+        return f"{name}: {what} on the policy's weights, {own:,} parameters ({learns})"
     each = {part: getattr(share, part) * (setting.ranks if setting.sharded else 1) / count
             for part in ("weights", "gradients", "optimizer")}  # fmt: skip
     bytes_of = [f"{size:.3g} {part}" for part, size in each.items() if size]
     divided = f", shared by {setting.ranks}" if setting.sharded else ""
-    learns = setting.optimizer if name in module.networks() else "frozen"
     kind = type(memory.inner(network)).__name__
     return f"{name}: {kind}, {count:,} parameters ({learns}); bytes for each: {' + '.join(bytes_of)}{divided}"
 

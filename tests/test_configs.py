@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 EVERY_YAML = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
 SWEEPS = [path for path in EVERY_YAML if path.startswith("configs/sweeps/")]
 CONFIGS = [path for path in EVERY_YAML if path not in SWEEPS]
-COUNT = {"runs": 12, "sweeps": 1}
+COUNT = {"runs": 15, "sweeps": 1}
 
 Keys = Mapping[str, Any]
 OWN_KEYS: Mapping[str, Keys] = {

@@ -12,8 +12,14 @@ ROOT = Path(__file__).resolve().parents[2]
 SHAPES = ROOT / "tests" / "shapes"
 RECIPES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs" / "recipes").rglob("*.yaml"))
 MODELS = {"sft": ("model",), "reward": ("model",), "ppo": ("policy", "value", "reward")}
-PARAMETERS = {"qwen2.5-0.5b": 494_032_768, "llama-3.1-8b": 8_030_261_248}
+PARAMETERS = {"qwen2.5-0.5b": 494_032_768, "llama-3.1-8b": 8_030_261_248, "llama-3.1-70b": 70_553_706_496}
 """As their publishers say."""
+
+TRUNK = "llama-3.1-70b"
+"""Trained by LoRA, with value and reward model on the policy."""
+
+LORA = 80 * 16 * (2 * (8192 + 8192) + 2 * (8192 + 1024) + 3 * (8192 + 28672))
+"""Rank 16 on all seven matrices of each of its blocks."""
 
 GIB = 2**30
 
@@ -21,7 +27,8 @@ GIB = 2**30
 def planned(path: str) -> memory.Plan:
     """The plan of a recipe."""
     recipe, stage = Path(path).parent.name, Path(path).stem
-    module, setting = prepared(str(ROOT / path), [f"module.{name}.path={SHAPES / recipe}" for name in MODELS[stage]])
+    names = MODELS[stage] if recipe != TRUNK else MODELS[stage][:1]
+    module, setting = prepared(str(ROOT / path), [f"module.{name}.path={SHAPES / recipe}" for name in names])
     return memory.plan(module, setting)
 
 
@@ -38,9 +45,14 @@ def test_a_recipe_needs_what_its_header_says(path: str) -> None:
     plan = planned(path)
     assert float(claim[1]) - 0.2 < plan.peak / GIB <= float(claim[1]) < int(device[1]) * 1e9 / GIB
     recipe, stage = Path(path).parent.name, Path(path).stem
-    head = {"qwen2.5-0.5b": 896, "llama-3.1-8b": 4096 - 128256 * 4096}[recipe]  # in place of the unembedding
+    heads = {"qwen2.5-0.5b": 896, "llama-3.1-8b": 4096, TRUNK: 8192}  # in place of the unembedding, which may be tied
+    head = heads[recipe] - (0 if recipe == "qwen2.5-0.5b" else 128256 * heads[recipe])
     counts = {share.name: share.parameters for share in plan.shares}
     causal, scalar = PARAMETERS[recipe], PARAMETERS[recipe] + head
+    if recipe == TRUNK:
+        alone = {"sft": {"model": causal + LORA}, "reward": {"model": scalar + LORA}}
+        assert counts == {**alone, "ppo": {"policy": causal + 3 * LORA, "value": 8192, "reward": 8192}}[stage]
+        return
     assert (
         counts
         == {
