@@ -4,6 +4,8 @@ import csv
 import gzip
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -115,3 +117,13 @@ def test_the_same_command_gives_the_same_bits(runs: Path, monkeypatch: pytest.Mo
     first = (runs / "sft" / "hf" / "model.safetensors").read_bytes()
     run(fit.main, "configs/sft.yaml", *SHORT, "callbacks.samples.every=3", "run_dir=runs/sft-again")
     assert (runs / "sft-again" / "hf" / "model.safetensors").read_bytes() == first
+
+
+def test_a_mistake_ends_with_code_2_and_no_traceback() -> None:
+    command = [sys.executable, "-m", "align.fit", "configs/sft.yaml", "modul.lr=1"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[0] == "python -m align.fit configs/sft.yaml: 1 error"
+    assert "did you mean 'module'?" in done.stderr
+    assert "Traceback" not in done.stderr

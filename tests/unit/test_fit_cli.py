@@ -3,8 +3,6 @@
 import csv
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -110,14 +108,6 @@ def complaint(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What a failing command prints to stderr."""
     assert fit.main(["c.yaml", *arguments]) == 2
     return capsys.readouterr().err
-
-
-def in_a_process(*arguments: str) -> "subprocess.CompletedProcess[str]":
-    """The command as a user runs it."""
-    paths = [str(Path(fit.__file__).parents[1]), str(Path(__file__).parent)]
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "align.fit", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
 def test_a_run_leaves_one_folder(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -249,15 +239,6 @@ def test_a_file_in_the_place_of_the_folder(folder: Path, capsys: pytest.CaptureF
     Path("runs").mkdir()
     Path("runs/one").write_text("")
     assert "is a file" in complaint(capsys)
-
-
-def test_a_mistake_ends_with_code_2_and_no_traceback(folder: Path) -> None:
-    done = in_a_process("c.yaml", "modul.lr=1")
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.splitlines()[0] == "python -m align.fit c.yaml: 1 error"
-    assert "did you mean 'module'?" in done.stderr
-    assert "Traceback" not in done.stderr
 
 
 def test_a_bug_keeps_its_traceback(folder: Path) -> None:

@@ -47,6 +47,9 @@ def test_anew_and_start_say_where_to_begin(stages: Path) -> None:
 def test_only_a_stage_that_continues_keeps_what_is_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], overwrite: bool, expected: list[bool]
 ) -> None:
+    # In their places, two modules that start at once and refuse the same words with the same code.
+    monkeypatch.setattr(quickstart, "FIT", "calendar")
+    monkeypatch.setattr(quickstart, "EVALUATE", "zipfile")
     commands = (Command((quickstart.FIT, "no.yaml")), Command((quickstart.EVALUATE, "no.yaml")))
     assert quickstart._run(commands, overwrite=overwrite) == 2
     shown = [line for line in capsys.readouterr().out.splitlines() if line.startswith("$ ")]
