@@ -16,8 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from align.formulas.losses import entropy
-from align.models import sharding
+from align.models import sharding, shared
+from align.models.attention import NAME
 from align.models.heads import ScalarModel
+from align.models.shared import SharedPrompts
 
 LOGITS_PER_CHUNK = 2**25
 """At most this many logits exist at once (128 MiB in float32); more tokens are done in turns and recomputed."""
@@ -27,6 +29,11 @@ CALL_TOKENS = 128
 
 Larger models compute fewer tokens in that time; for them it only matters that the number is small.
 """
+
+ROUNDING = 0.05
+"""Of the largest hidden state: more than bfloat16 rounds, and far less than a wrong position or mask changes."""
+
+_sharing: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 _plain_heads: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
@@ -149,6 +156,26 @@ def final_scores(
     return sharding.run(model.hf, lambda hf: _scalar(model, _hidden(hf, ids)[rows, lengths - 1]))
 
 
+def final_scores_sharing(
+    model: ScalarModel,
+    ids: Int[Tensor, "batch time"],
+    lengths: Int[Tensor, " batch"],
+    prompt_index: Int[Tensor, " batch"],
+) -> Float[Tensor, " batch"]:
+    """`final_scores`, computing what sequences of one prompt begin with alike once, where the model allows it.
+
+    Args:
+        model: The reward model.
+        ids: Right-padded.
+        lengths: Tokens of each sequence.
+        prompt_index: Equal for sequences of one prompt, which stand together.
+    """
+    if not shares_prompts(model.hf, ids.device):
+        return final_scores(model, ids, lengths)
+    laid_out = shared.share(ids, lengths, prompt_index)
+    return sharding.run(model.hf, lambda hf: _scalar(model, _shared_hidden(hf, laid_out)[laid_out.last]))
+
+
 def every_logprob(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Float[Tensor, " tokens"]:
     """`token_logprobs` of all tokens but the first of each row, of a model whose logits are plain.
 
@@ -178,6 +205,41 @@ def by_response(
 
 def _hidden(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time d"]:
     return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def _shared_hidden(model: PreTrainedModel, laid_out: SharedPrompts) -> Float[Tensor, "tokens d"]:
+    # A mask of four axes is taken as it is by transformers, which would make one of all tokens by all tokens.
+    none = torch.zeros((1, 1, 1, 1), device=laid_out.ids.device)
+    out = model.base_model(
+        input_ids=laid_out.ids, position_ids=laid_out.positions, attention_mask=none, use_cache=False, shared=laid_out
+    )
+    return out.last_hidden_state[0]
+
+
+def shares_prompts(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether a model computes the same where sequences share their prompt: tried out once a model.
+
+    Not where attention looks only so far back, or is not ours (`align.models.attention`).
+    """
+    if model not in _sharing:
+        config = model.config.get_text_config()
+        kinds = set(getattr(config, "layer_types", None) or ())
+        far = kinds <= {"full_attention"} and (kinds or not getattr(config, "sliding_window", None))
+        _sharing[model] = bool(far) and model.config._attn_implementation == NAME and _shares(model, device)
+    return _sharing[model]
+
+
+def _shares(model: PreTrainedModel, device: torch.device) -> bool:
+    ids = torch.tensor([[1, 2, 3, 0, 0], [1, 2, 0, 3, 1], [2, 3, 1, 0, 0]], device=device)
+    lengths, prompts = torch.tensor([3, 5, 4], device=device), torch.tensor([0, 0, 1], device=device)
+    laid_out = shared.share(ids, lengths, prompts)
+    with torch.no_grad(), evaluating(model), sharding.gathered(model):
+        apart = sharding.run(model, _hidden, ids)[torch.arange(3, device=device), lengths - 1].float()
+        try:
+            together = sharding.run(model, _shared_hidden, laid_out)[laid_out.last].float()
+        except (TypeError, ValueError, RuntimeError):  # it takes no such arguments, or not in this form
+            return False
+    return bool((together - apart).abs().max() <= ROUNDING * apart.abs().max())
 
 
 def _scalar(model: ScalarModel, hidden: Float[Tensor, "places d"]) -> Float[Tensor, " places"]:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align import distributed
 from align.formulas import losses
-from align.models import forward, sharding
+from align.models import forward, sharding, shared
 from align.models.heads import ScalarModel
 from align.modules.base import AlignModule, Stats
 from align.modules.ranking import RankingMetrics, better
@@ -33,6 +33,7 @@ class RewardModule(AlignModule):
 
     Args:
         model: A language model with a scalar head.
+        share_prompts: Computes a prompt once for all its completions, where the model allows it. The same to rounding.
         divisor: What a prompt's summed loss is divided by: "kept_pairs", those that do not tie, so that every prompt
             weighs the same; or "all_pairs", C(K,2). The paper does not say which.
         tokenizer, optim, micro_batch_tokens, seed: See `AlignModule`.
@@ -44,12 +45,14 @@ class RewardModule(AlignModule):
         model: ScalarModel,
         tokenizer: PreTrainedTokenizerBase,
         optim: Optim,
+        share_prompts: bool = True,
         divisor: Literal["kept_pairs", "all_pairs"] = "kept_pairs",
         micro_batch_tokens: int = 8192,
         seed: int = 0,
     ) -> None:
         super().__init__(tokenizer=tokenizer, optim=optim, micro_batch_tokens=micro_batch_tokens, seed=seed)
         self.model = model
+        self.share_prompts = share_prompts
         self.pair_weights = PAIR_WEIGHTS[divisor]
         self.ranking = RankingMetrics()
         self._validated: list[tuple[Tensor, Comparisons]] = []
@@ -73,17 +76,35 @@ class RewardModule(AlignModule):
         pairs = losses.preference_pairs(batch.scores, batch.prompt_index)
         prompts = distributed.total(losses.compared_prompts(pairs))
         count = distributed.total(torch.tensor(len(pairs.winner), device=self.device)).clamp_min(1)
-        for part in self.parts(batch, prompt_groups(batch.prompt_index, batch.lengths, self.micro_batch_tokens)):
-            rewards = self.rewards(part.ids, part.lengths)
+        for part in self.parts(batch, self.groups(batch)):
+            rewards = self.rewards(part.ids, part.lengths, part.prompt_index)
             own = losses.preference_pairs(part.scores, part.prompt_index)
             loss = losses.ranking_loss(rewards, own, self.pair_weights(own, prompts))
             margin = (rewards[own.winner] - rewards[own.loser]).detach()
             hits = better(margin).sum() / count
             yield loss, {"train/loss": loss.detach(), "train/accuracy": hits, "train/margin": margin.sum() / count}
 
-    def rewards(self, ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"]) -> Float[Tensor, " batch"]:
-        """The reward of each sequence."""
-        return forward.final_scores(self.model, forward.fitted(ids, lengths), lengths)
+    def groups(self, batch: Comparisons) -> list[Int[Tensor, " picked"]]:
+        """Micro-batches of whole prompts: which completions."""
+        if not self._shares(batch.ids.device):
+            return prompt_groups(batch.prompt_index, batch.lengths, self.micro_batch_tokens)
+        needed = shared.tokens(batch.ids, batch.lengths, batch.prompt_index)
+        return prompt_groups(batch.prompt_index, needed, self.micro_batch_tokens, padded=False)
+
+    def rewards(
+        self,
+        ids: Int[Tensor, "batch time"],
+        lengths: Int[Tensor, " batch"],
+        prompt_index: Int[Tensor, " batch"] | None = None,
+    ) -> Float[Tensor, " batch"]:
+        """The reward of each sequence; `prompt_index` tells which may share what they begin with."""
+        ids = forward.fitted(ids, lengths)
+        if prompt_index is not None and self._shares(ids.device):
+            return forward.final_scores_sharing(self.model, ids, lengths, prompt_index)
+        return forward.final_scores(self.model, ids, lengths)
+
+    def _shares(self, device: torch.device) -> bool:
+        return self.share_prompts and forward.shares_prompts(self.model.hf, device)
 
     def validation_step(self, batch: Comparisons, batch_idx: int) -> None:
         """Scores every completion."""
@@ -118,34 +139,41 @@ class RewardModule(AlignModule):
     def rewards_of_all(self, batch: Sequences | Comparisons) -> Float[Tensor, " batch"]:
         """The reward of each sequence of a batch, computed in micro-batches."""
         rewards = torch.zeros(len(batch.ids), device=batch.ids.device)
-        for group in forward.micro_batches(batch.lengths, self.micro_batch_tokens):
-            part = batch.rows_at(group)
-            rewards[group] = self.rewards(part.ids, part.lengths)
+        prompts = batch.prompt_index if isinstance(batch, Comparisons) else None
+        if isinstance(batch, Comparisons):
+            groups = self.groups(batch)
+        else:
+            groups = forward.micro_batches(batch.lengths, self.micro_batch_tokens)
+        for group in groups:
+            own = None if prompts is None else prompts[group]
+            rewards[group] = self.rewards(batch.ids[group], batch.lengths[group], own)
         return rewards
 
 
 def prompt_groups(
-    prompt_index: Int[Tensor, " completions"], lengths: Int[Tensor, " completions"], budget: int
+    prompt_index: Int[Tensor, " completions"], lengths: Int[Tensor, " completions"], budget: int, *, padded: bool = True
 ) -> list[Int[Tensor, " picked"]]:
     """Splits completions into micro-batches that keep a prompt's completions together.
 
     Args:
         prompt_index: Which prompt each completion answers.
-        lengths: Tokens of each sequence.
-        budget: Tokens a micro-batch may hold, padding included; a prompt that needs more is one of its own.
+        lengths: Tokens of each sequence, or those that have to be computed for it.
+        budget: Tokens a micro-batch may hold; a prompt that needs more is one of its own.
+        padded: Each sequence costs as many tokens as the longest of its micro-batch.
 
     Returns:
-        Indices of completions; prompts with the longest completions first.
+        Indices of completions; prompts with the longest completions first, or those with most to compute.
     """
     index, sizes = prompt_index.cpu(), lengths.cpu()
-    longest = torch.zeros(int(index.max()) + 1, dtype=sizes.dtype).scatter_reduce(0, index, sizes, "amax")
-    counts = torch.bincount(index)
+    empty, by = torch.zeros(int(index.max()) + 1, dtype=sizes.dtype), "amax" if padded else "sum"
+    largest, counts = empty.scatter_reduce(0, index, sizes, by), torch.bincount(index)
     groups: list[list[int]] = []
-    rows, width = 0, 0
-    for prompt in torch.argsort(longest, descending=True, stable=True).tolist():
-        rows += int(counts[prompt])
-        if not groups or rows * width > budget:
+    filled, width = 0, 1
+    for prompt in torch.argsort(largest, descending=True, stable=True).tolist():
+        own = int(counts[prompt] if padded else largest[prompt])
+        filled += own
+        if not groups or filled * width > budget:
             groups.append([])
-            rows, width = int(counts[prompt]), int(longest[prompt])
+            filled, width = own, int(largest[prompt]) if padded else 1
         groups[-1].append(prompt)
     return [torch.isin(index, torch.tensor(group)).nonzero()[:, 0] for group in groups]

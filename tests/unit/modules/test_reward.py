@@ -1,5 +1,6 @@
 """The reward model: K forwards for all pairs of a prompt, divisors, centring, and its metrics by hand."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from transformers import AutoModelForSequenceClassification
 
 from align.data.comparisons import ComparisonData
 from align.models import forward
+from align.models.attention import use_attend
 from align.modules.ranking import RankingMetrics
 from align.modules.reward import RewardModule, prompt_groups
 from align.optim import Optim
@@ -42,6 +44,30 @@ def batch() -> Comparisons:
         scores=torch.tensor([1.0, 2.0, 2.0, 5.0, 4.0, 1.0, 1.0, 1.0]),
         labelers=("a",) * 3 + ("b",) * 2 + ("",) * 3,
     )
+
+
+@pytest.mark.parametrize("budget", [1, 30, 1000])
+def test_a_prompt_is_computed_once_for_the_same_gradient(budget: int) -> None:
+    text = batch()
+    ids = text.ids.clone()
+    for rows, prompt in ((slice(0, 3), 3), (slice(3, 5), 5), (slice(5, 8), 2)):
+        ids[rows, :prompt] = ids[rows, :prompt][:1].clone()
+    text = replace(text, ids=ids)
+    found, computed = [], []
+    for share in (True, False):
+        reward = module(budget, share_prompts=share)
+        use_attend(reward.model.hf)
+        assert forward.shares_prompts(reward.model.hf, torch.device("cpu"))
+        seen: list[int] = []
+        reward.model.hf.base_model.embed_tokens.register_forward_hook(
+            lambda module, inputs, output, seen=seen: seen.append(inputs[0].numel())
+        )
+        found.append(tiny.gradients(reward, reward.losses(text)))
+        computed.append(sum(seen))
+        torch.testing.assert_close(reward.rewards_of_all(text), rewards_alone(reward, text), rtol=1e-4, atol=1e-4)
+    tiny.assert_same_gradients(*found)
+    own = int(text.response_lengths.sum())
+    assert computed[0] == own + 3 + 5 + 2 and computed[1] >= own + 3 * 3 + 2 * 5 + 3 * 2
 
 
 def rewards_alone(reward: RewardModule, text: Comparisons) -> torch.Tensor:

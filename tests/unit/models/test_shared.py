@@ -1,0 +1,110 @@
+"""Answers behind one prompt in one pass, against a pass of its own for each."""
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from align.models import forward, shared
+from align.models.attention import use_attend
+from align.models.heads import ScalarModel
+from align.models.trunk import Head
+
+PROMPTS = torch.tensor([0, 0, 0, 1, 2, 2, 5])
+"""Three answers, one, two that begin alike too, one."""
+
+
+def sequences() -> tuple[Tensor, Tensor]:
+    """Of these prompts, right-padded with a token that means something elsewhere."""
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([9, 7, 12, 5, 6, 8, 4])
+    ids = torch.randint(3, tiny.VOCAB, (7, 12), generator=generator)
+    ids[1:3, :4], ids[5, :5] = ids[0, :4], ids[4, :5]
+    ids[1, 4], ids[2, 4] = (ids[0, 4] + 1) % 40, (ids[0, 4] + 2) % 40
+    return torch.where(torch.arange(12) < lengths[:, None], ids, 7), lengths
+
+
+def scalar(family: str) -> ScalarModel:
+    """A head on a model of the family that reads shared prompts if any does."""
+    model = tiny.families()[family]
+    use_attend(model)
+    made = Head().on(model, "value", trained=True)
+    torch.nn.init.normal_(made.head.weight, generator=torch.Generator().manual_seed(1))
+    return made
+
+
+def test_each_prompt_is_laid_out_once() -> None:
+    ids, lengths = sequences()
+    found = shared.share(ids, lengths, PROMPTS)
+    assert found.ids.shape == (1, 9 + 3 + 8 + 5 + 6 + 3 + 4) == (1, int(shared.tokens(ids, lengths, PROMPTS).sum()))
+    assert found.ids[0, found.last].tolist() == ids[torch.arange(7), lengths - 1].tolist()
+    assert found.positions[0, found.last].tolist() == (lengths - 1).tolist()
+    second = found.ids[0, 9:12]
+    assert second.tolist() == ids[1, 4:7].tolist() and found.positions[0, 9:12].tolist() == [4, 5, 6]
+    # The second answer's first token attends to the prompt and itself, not to the first answer.
+    row = found.mask[0, 0, 9]
+    assert row.nonzero()[:, 0].tolist() == [0, 1, 2, 3, 9]
+
+
+def test_a_sequence_always_keeps_a_token_of_its_own() -> None:
+    ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 0], [3, 4, 5, 6]])
+    lengths = torch.tensor([4, 3, 4])
+    found = shared.share(ids, lengths, torch.zeros(3, dtype=torch.long))
+    assert found.positions[0].tolist() == [0, 1, 2, 3, 2, 2, 3]
+    assert found.positions[0, found.last].tolist() == [3, 2, 3]
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama-tied", "llama-untied", "qwen2", "qwen3"])
+def test_scores_and_gradients_are_those_of_passes_apart(family: str) -> None:
+    model = scalar(family).double()
+    model.hf.double()
+    assert forward.shares_prompts(model.hf, torch.device("cpu"))
+    ids, lengths = sequences()
+    found = []
+    for together in (True, False):
+        scores = (
+            forward.final_scores_sharing(model, ids, lengths, PROMPTS)
+            if together
+            else forward.final_scores(model, ids, lengths)
+        )
+        weights = dict(model.hf.base_model.named_parameters())
+        grads = torch.autograd.grad((scores * torch.arange(1.0, 8.0)).sum(), list(weights.values()))
+        found.append((scores, dict(zip(weights, grads, strict=True))))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
+    for name, grad in found[0][1].items():
+        # Norms are computed in float32 whatever the weights are.
+        torch.testing.assert_close(grad, found[1][1][name], rtol=1e-5, atol=1e-6 * float(grad.abs().max()), msg=name)
+
+
+def test_in_bfloat16_too() -> None:
+    model = scalar("llama-tied")
+    ids, lengths = sequences()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        ours = forward.final_scores_sharing(model, ids, lengths, PROMPTS)
+        theirs = forward.final_scores(model, ids, lengths)
+    assert float((ours - theirs).abs().max()) < 0.03 * float(theirs.abs().max())
+
+
+@pytest.mark.parametrize("family", ["gemma2", "llama-sliding"])
+def test_a_model_that_cannot_is_asked_one_by_one(family: str) -> None:
+    if family == "gemma2":
+        model = scalar(family)
+    else:
+        model = scalar("llama-tied")
+        model.hf.config.sliding_window = 4
+    assert not forward.shares_prompts(model.hf, torch.device("cpu"))
+    ids, lengths = sequences()
+    ours = forward.final_scores_sharing(model, ids, lengths, PROMPTS)
+    assert torch.equal(ours, forward.final_scores(model, ids, lengths))
+
+
+def test_a_wrong_position_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = scalar("llama-untied")
+    plain = model.hf.base_model.forward
+
+    def without(*arguments, **named):
+        named["position_ids"] = None
+        return plain(*arguments, **named)
+
+    monkeypatch.setattr(model.hf.base_model, "forward", without)
+    assert not forward.shares_prompts(model.hf, torch.device("cpu"))
