@@ -1,4 +1,4 @@
-"""Run by tests/e2e/test_sharding.py: steps of SFT on a device, with what is sharded there or at rest in CPU memory."""
+"""Run by tests/e2e/test_offload.py: steps of SFT on a device, with what is sharded there or at rest in CPU memory."""
 
 import sys
 from pathlib import Path
