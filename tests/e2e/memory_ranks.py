@@ -1,4 +1,4 @@
-"""Run by tests/e2e/test_peak_memory.py on one or several ranks: what two steps of training need, planned and measured."""
+"""Run by tests/e2e/test_peak_memory.py on one or several ranks: what training steps need, planned and measured."""
 
 import gc
 import json
