@@ -19,7 +19,7 @@ ADAPTER = "{_target_: align.models.trunk.Adapter, path: %s}"
 SHARDED = ["trainer.devices=2", "trainer.strategy={_target_: align.strategy.FSDP}", "module.micro_batch_tokens=300"]
 KINDS = ("sft", "reward", "ppo-ptx", "ppo-ptx-4bit", "ppo-ptx-head")
 SHARED = ("reward", "ppo-ptx-4bit", "ppo-ptx-head")
-"""What two processes train: LoRA and a head; adapters on weights in 4 bits; a head on the policy, others in few bits."""
+"""What two processes train: LoRA and a head; adapters on weights in 4 bits; a head on the policy."""
 
 
 @pytest.fixture(scope="module")
