@@ -17,8 +17,8 @@ from align import checkpoints, cli
 from align.atomic import folder_written_whole
 from align.build import build
 from align.config import FIT_KEYS, ConfigError
-from align.models import adapters, deferred, trunk
-from align.models.heads import ScalarModel
+from align.models import adapters, deferred, heads, trunk
+from align.models.heads import Network
 from align.models.load import plain_twin, write_model
 from align.modules.base import AlignModule
 from align.sample import progress
@@ -74,8 +74,8 @@ def export(checkpoint: Path, out: Path) -> None:
     if not isinstance(module, AlignModule):
         raise ConfigError([f"{file}: {type(module).__name__} is no AlignModule, so what to export is not known"])
     model = module.exported()
-    inner = model.hf if isinstance(model, ScalarModel) else model
-    assert isinstance(inner, PreTrainedModel)
+    assert isinstance(model, Network)
+    inner = heads.inner(model)
     plain = plain_twin(inner)
     count = sum(parameter.numel() for parameter in plain.parameters())
     with (

@@ -17,13 +17,13 @@ from transformers import PreTrainedModel
 from align import traced
 from align.blockwise import BLOCK, pays
 from align.models import sharding
-from align.models.heads import ScalarModel
+from align.models.heads import Network, ScalarModel, inner
 from align.models.quantised import QuantisedLinear, is_quantised
 from align.models.trunk import TrunkModel, one_pass
 from align.modules.base import AlignModule
 from align.optim import learning, parsed
 from align.strategy import FSDP
-from align.traced import Arithmetic, Network
+from align.traced import Arithmetic
 
 
 @dataclass(frozen=True)
@@ -236,11 +236,6 @@ def shown(size: int) -> str:
 def networks(module: nn.Module) -> dict[str, Network]:
     """The models of a module by attribute name."""
     return {name: child for name, child in module.named_children() if isinstance(child, Network)}
-
-
-def inner(network: Network) -> PreTrainedModel:
-    """The transformers model."""
-    return network.hf if isinstance(network, ScalarModel) else network
 
 
 def _own_rows(parameter: nn.Parameter, setting: Setting) -> float:

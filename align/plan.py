@@ -16,6 +16,7 @@ from align.build import build
 from align.config import AUTO, FIT_KEYS, ConfigError, check, read
 from align.memory import Plan, Setting, Share, shown
 from align.models import deferred
+from align.models.heads import inner
 from align.models.trunk import TrunkModel
 from align.modules.base import AlignModule
 
@@ -166,7 +167,7 @@ def remedies(module: AlignModule, setting: Setting, planned: Plan) -> list[tuple
         found.append((f"{changed.ranks} devices instead of {setting.ranks}", changed))
     peaks = [(change, memory.plan(module, changed).peak) for change, changed in found]
     networks = {name: one for name, one in memory.networks(module).items() if name in module.networks()}
-    models = {name: memory.inner(one) for name, one in networks.items() if not isinstance(one, TrunkModel)}
+    models = {name: inner(one) for name, one in networks.items() if not isinstance(one, TrunkModel)}
     plain = [name for name, model in models.items() if not model.is_gradient_checkpointing]
     if plain:
         with _checkpointing(module, plain):
@@ -188,13 +189,13 @@ def _arithmetic(share: Share, module: AlignModule, setting: Setting) -> str:
             for part in ("weights", "gradients", "optimizer")}  # fmt: skip
     bytes_of = [f"{size:.3g} {part}" for part, size in each.items() if size]
     divided = f", shared by {setting.ranks}" if setting.sharded else ""
-    kind = type(memory.inner(network)).__name__
+    kind = type(inner(network)).__name__
     return f"{name}: {kind}, {count:,} parameters ({learns}); bytes for each: {' + '.join(bytes_of)}{divided}"
 
 
 @contextlib.contextmanager
 def _checkpointing(module: AlignModule, names: Sequence[str]) -> Iterator[None]:
-    models = [memory.inner(memory.networks(module)[name]) for name in names]
+    models = [inner(memory.networks(module)[name]) for name in names]
     for model in models:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     try:

@@ -1,9 +1,9 @@
 """What a pass over a model holds in memory, found by making it on tensors without contents.
 
 Every operation is dispatched as in a run and nothing is computed, so a model of any size is traced on any machine in
-seconds, without its weights. What is counted is every tensor from when it is made until it is freed: what the backward
-pass needs, what it makes on the way, gradients of a tied matrix that wait to be added up. What a kernel uses inside
-itself is not seen.
+less than a minute, without its weights. What is counted is every tensor from when it is made until it is freed: what
+the backward pass needs, what it makes on the way, gradients of a tied matrix that wait to be added up. What a kernel
+uses inside itself is not seen.
 """
 
 import contextlib
@@ -23,16 +23,14 @@ from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
 from align.models import forward, sharding
-from align.models.heads import ScalarModel
+from align.models.heads import Network, ScalarModel, inner
 from align.models.quantised import is_quantised
 from align.rollout.sampler import draw
-
-Network = PreTrainedModel | ScalarModel
 
 Arguments = ParamSpec("Arguments")
 
 DEPTHS = (4, 8)
-"""Blocks that are traced of deeper models. Each further block adds as much: also where kinds of blocks take turns."""
+"""Blocks that are traced of deeper models; each further one adds as much. Fours, as kinds of blocks may take turns."""
 
 EARLY = 3
 """Blocks after which the backward pass does with each block what it did with the one before, and keeps one less."""
@@ -137,7 +135,7 @@ def _by_depth(
 
     @functools.wraps(traced)
     def found(network: Network, arithmetic: Arithmetic, *arguments: Arguments.args, **named: Arguments.kwargs) -> Pass:
-        depth = len(sharding.blocks(_inner(network)))
+        depth = len(sharding.blocks(inner(network)))
         if depth <= DEPTHS[1]:
             return traced(network, arithmetic, *arguments, **named)
         few, more = (astuple(traced(network, replace(arithmetic, depth=part), *arguments, **named)) for part in DEPTHS)
@@ -159,10 +157,10 @@ def learning(network: Network, arithmetic: Arithmetic, tokens: int) -> Pass:
     with _hollow(network, arithmetic) as (model, watch):
         sends = _sent_block_by_block(model, watch) if arithmetic.sharded else _added_up(model, watch)
         # What is kept shrinks with each block: the most is there when the backward pass begins, or when it ends.
-        for parameter in (p for block in sharding.blocks(_inner(model))[:-EARLY] for p in block.parameters()):
+        for parameter in (p for block in sharding.blocks(inner(model))[:-EARLY] for p in block.parameters()):
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(lambda _: watch.mark())
-        ids = _ids(tokens, _inner(model))
+        ids = _ids(tokens, inner(model))
         casts = _casts(model, watch, ids)
         watch.most = watch.now
         loss = _outputs(model, ids).sum()
@@ -179,7 +177,7 @@ def scoring(network: Network, arithmetic: Arithmetic, tokens: int) -> Pass:
     """A micro-batch's forward pass without gradients. Arguments as of `learning`."""
     with _hollow(network, arithmetic) as (model, watch), torch.no_grad():
         model.eval()
-        ids = _ids(tokens, _inner(model))
+        ids = _ids(tokens, inner(model))
         casts = _casts(model, watch, ids)
         watch.most = watch.now
         _outputs(model, ids)
@@ -226,23 +224,23 @@ def writing(network: Network, arithmetic: Arithmetic, sequences: int, prompt: in
 def _hollow(network: Network, arithmetic: Arithmetic) -> Iterator[tuple[Any, Watch]]:
     """The network with tensors without contents in it, the arithmetic switched on, and what counts new tensors."""
     mode, watch = FakeTensorMode(), Watch()
-    deeper = sharding.blocks(_inner(network))[arithmetic.depth :] if arithmetic.depth is not None else []
+    deeper = sharding.blocks(inner(network))[arithmetic.depth :] if arithmetic.depth is not None else []
     instead: dict[int, Any] = {id(block): nn.Identity() for block in deeper}
     unused = {parameter for block in deeper for parameter in block.parameters()}
     with mode, torch.device("cpu"):
-        quantised = is_quantised(_inner(network))
-        for parameter in {*network.parameters(), *_inner(network).parameters()} - unused:
+        quantised = is_quantised(inner(network))
+        for parameter in {*network.parameters(), *inner(network).parameters()} - unused:
             gathered = arithmetic.dtype if arithmetic.sharded and not quantised else None
             empty = torch.empty(parameter.shape, dtype=gathered or parameter.dtype)
             instead[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-        for buffer in {*network.buffers(), *_inner(network).buffers()}:
+        for buffer in {*network.buffers(), *inner(network).buffers()}:
             instead[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
     own = [tensor for tensor in instead.values() if isinstance(tensor, Tensor)]
     model = copy.deepcopy(network, instead)
     if arithmetic.depth is not None:
-        _cut(_inner(model), arithmetic.depth)
-    if arithmetic.gpu and _inner(model).config._attn_implementation != "eager":
-        _inner(model).set_attn_implementation("sdpa")
+        _cut(inner(model), arithmetic.depth)
+    if arithmetic.gpu and inner(model).config._attn_implementation != "eager":
+        inner(model).set_attn_implementation("sdpa")
     watch.ignore(iter(own))
     autocast = torch.autocast("cpu", arithmetic.dtype, enabled=arithmetic.dtype is not None)
     with mode, torch.device("cpu"), watch, autocast:
@@ -278,12 +276,6 @@ def _ids(tokens: int, model: PreTrainedModel) -> Tensor:
     return torch.zeros((rows, max(2, tokens // rows)), dtype=torch.long)
 
 
-def _inner(network: Network) -> PreTrainedModel:
-    inner = network.hf if isinstance(network, ScalarModel) else network
-    assert isinstance(inner, PreTrainedModel)
-    return inner
-
-
 def _added_up(model: nn.Module, watch: Watch) -> Callable[[], None]:
     """Gradients are there, of earlier micro-batches."""
     for parameter in model.parameters():
@@ -307,9 +299,9 @@ def _sent_block_by_block(model: nn.Module, watch: Watch) -> Callable[[], None]:
             parameter.grad = None
         del sent[:-1]
 
-    inner = _inner(model)  # type: ignore[arg-type]
-    rest = {parameter: None for parameter in inner.parameters() if parameter.requires_grad}
-    for block in sharding.blocks(inner):
+    whole = inner(model)  # type: ignore[arg-type]
+    rest = {parameter: None for parameter in whole.parameters() if parameter.requires_grad}
+    for block in sharding.blocks(whole):
         own = [parameter for parameter in block.parameters() if parameter.requires_grad]
 
         def arrived(_: Tensor, own: list[nn.Parameter] = own) -> None:

@@ -67,13 +67,14 @@ class LoRA:
         return errors
 
 
-def add(model: PreTrainedModel, lora: LoRA, *, name: str = OWN, seed: int = 0) -> None:
-    """Gives a model a new adapter, which learns; all weights that are no adapter's are frozen.
+def add(model: PreTrainedModel, lora: LoRA, *, name: str = OWN, trained: bool = True, seed: int = 0) -> None:
+    """Gives a model a new adapter; all weights that are no adapter's are frozen.
 
     Args:
         model: Its blocks' linear layers are wrapped, if they are not already.
         lora: Of what form.
         name: Of the adapter.
+        trained: Whether it shall learn.
         seed: Of A, drawn from U(-1/√columns, 1/√columns), which is peft's initialisation.
 
     Raises:
@@ -95,7 +96,7 @@ def add(model: PreTrainedModel, lora: LoRA, *, name: str = OWN, seed: int = 0) -
             # In float32 whatever the base model is kept in; and where that is.
             getattr(layer, part)[name].float().to_empty(device=layer.get_base_layer().weight.device)
     for parameter in model.parameters():
-        parameter.requires_grad_(before.get(parameter, True))
+        parameter.requires_grad_(before.get(parameter, trained))
     generator = seeds.generator(seed, "lora")
     for place, parameter in named_parameters(model, name) if not deferred.only_shapes() else ():
         uniform = torch.rand(parameter.shape, generator=generator) * 2.0 - 1.0
@@ -174,10 +175,11 @@ def merged_tensor(model: PreTrainedModel, name: str, value_of: Callable[[str], T
     if last == "weight" and isinstance(module, QuantisedLinear):
         weight = restored(weight, value_of(f"{owner}.scales"), module.bits, module.in_features, module.dtype)
         weight, transposed = weight.T if module.transposed else weight, module.transposed
-    layer = _layers(model).get(owner.removesuffix(".base_layer"))
-    if last != "weight" or layer is None or OWN not in layer.lora_A:
+    path = owner.removesuffix(".base_layer")
+    layer: Any = model.get_submodule(path)
+    if last != "weight" or path == owner or OWN not in layer.lora_A:
         return weight
-    first, second = (value_of(f"{owner.removesuffix('.base_layer')}.{part}.{OWN}.weight") for part in _PARTS)
+    first, second = (value_of(f"{path}.{part}.{OWN}.weight") for part in _PARTS)
     update = layer.scaling[OWN] * (second.float() @ first.float())
     return (weight.float() + (update.T if transposed else update)).to(weight.dtype)
 
@@ -210,7 +212,7 @@ def write(model: PreTrainedModel, value_of: Callable[[str], Tensor], folder: Pat
 
 
 def read(model: PreTrainedModel, folder: Path, *, name: str, trained: bool) -> dict[str, Tensor]:
-    """Gives a model an adapter from a folder in peft's format.
+    """Gives a model an adapter that `write` has written.
 
     Args:
         model: The one the adapter was trained on, without its head.
@@ -222,7 +224,7 @@ def read(model: PreTrainedModel, folder: Path, *, name: str, trained: bool) -> d
         The tensors of the file that are no layer's update: a scalar head, by its name in the model.
 
     Raises:
-        ValueError: It was trained on another model, or is not LoRA as this package writes it.
+        ValueError: It was trained on another model.
     """
     config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     base, own = str(config.get("base_model_name_or_path")), str(model.config.name_or_path)
@@ -234,13 +236,12 @@ def read(model: PreTrainedModel, folder: Path, *, name: str, trained: bool) -> d
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         saved = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     lora = LoRA(rank=config["r"], alpha=config["lora_alpha"], targets=sorted(config["target_modules"]))
-    add(model, lora, name=name)
+    add(model, lora, name=name, trained=trained)
     for place, parameter in named_parameters(model, name):
         saved_name = place.replace(f".{name}.weight", ".weight")
         value = saved.pop(saved_name, None)
         if value is None or value.shape != parameter.shape:
             raise ValueError(f"the adapter in {folder} has no {saved_name} of shape {tuple(parameter.shape)}")
-        parameter.requires_grad_(trained)
         _set(model, place, parameter, value.float())
     return saved
 

@@ -36,13 +36,18 @@ class _State:
 
 
 @contextlib.contextmanager
-def weights() -> Iterator[None]:
-    """Models loaded inside the block are made without weights where that is possible."""
-    before, _State.wanted = _State.wanted, True
+def _switched_on(name: str) -> Iterator[None]:
+    before = getattr(_State, name)
+    setattr(_State, name, True)
     try:
         yield
     finally:
-        _State.wanted = before
+        setattr(_State, name, before)
+
+
+def weights() -> contextlib.AbstractContextManager[None]:
+    """Models loaded inside the block are made without weights where that is possible."""
+    return _switched_on("wanted")
 
 
 def wanted() -> bool:
@@ -50,14 +55,9 @@ def wanted() -> bool:
     return _State.wanted
 
 
-@contextlib.contextmanager
-def shapes() -> Iterator[None]:
+def shapes() -> contextlib.AbstractContextManager[None]:
     """Models loaded inside the block have shapes alone; of their folders or hub names only the config.json is read."""
-    before, _State.only_shapes = _State.only_shapes, True
-    try:
-        yield
-    finally:
-        _State.only_shapes = before
+    return _switched_on("only_shapes")
 
 
 def only_shapes() -> bool:

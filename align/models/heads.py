@@ -45,6 +45,14 @@ class ScalarModel(nn.Module):
         self.hf.config.reward_bias = float(value)
 
 
+Network = PreTrainedModel | ScalarModel
+
+
+def inner(network: Network) -> PreTrainedModel:
+    """The transformers model of a network."""
+    return network.hf if isinstance(network, ScalarModel) else network
+
+
 def initialise_head(head: nn.Linear, generator: torch.Generator) -> Float[Tensor, "one d"]:
     """Weights from N(0, 1/(d+1)), bias 0 (lm-human-preferences; N+ Implementation Details, RM-2).
 

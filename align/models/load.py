@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 
 from align import distributed, seeds
 from align.atomic import folder_written_whole
-from align.models import adapters, deferred, quantised, sharding, trunk
+from align.models import adapters, deferred, heads, quantised, sharding, trunk
 from align.models.adapters import LoRA
 from align.models.attention import use_attend
 from align.models.deferred import SINGLE
@@ -166,12 +166,12 @@ def add_residual_dropout(model: PreTrainedModel, probability: float) -> None:
         )
 
 
-def save_model(model: PreTrainedModel | ScalarModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+def save_model(model: heads.Network, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
     """Writes model and tokenizer as a Hugging Face folder; an older folder is replaced only when all is written.
 
     Of several ranks the first one writes; where the model is sharded, all must call it.
     """
-    inner = model.hf if isinstance(model, ScalarModel) else model
+    inner = heads.inner(model)
     if adapters.present(inner):
         _save_merged(inner, tokenizer, Path(folder))
         return

@@ -10,11 +10,9 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from align.types import Record
-
 
 @dataclass(frozen=True)
-class SharedPrompts(Record):
+class SharedPrompts:
     """Sequences without their common beginnings, and who attends to whom.
 
     Axes: `tokens`, all that are computed; `prompts`; `width`, the most tokens of a prompt and its answers.

@@ -92,7 +92,7 @@ class Adapter:
     """A scalar model that was trained with LoRA on the policy's base model.
 
     Attributes:
-        path: The reward stage's folder, which has an `adapter` folder in it; or a folder of peft's.
+        path: The reward stage's folder, which has an `adapter` folder in it.
     """
 
     path: ModelPath
@@ -115,24 +115,20 @@ class Adapter:
                 "with align.models.load.load_scalar_model"
             )
         if deferred.only_shapes():
-            adapters.add(policy, adapters.form(policy), name=name)
-            for _, parameter in adapters.named_parameters(policy, name):
-                parameter.requires_grad_(trained)
+            adapters.add(policy, adapters.form(policy), name=name, trained=trained)
             return TrunkModel(policy, _projection(policy, {}, trained), name)
         folder = Path(self.path)
-        inner = folder / FOLDER if (folder / FOLDER).is_dir() else folder
-        if not (inner / adapters.CONFIG).is_file():
+        if not (folder / FOLDER / adapters.CONFIG).is_file():
             raise ValueError(
                 f"{name}: {folder} has no {FOLDER}/{adapters.CONFIG}, so it was not trained with LoRA; train it with "
                 "module.model.lora, or load it with align.models.load.load_scalar_model"
             )
-        saved = adapters.read(policy, inner, name=name, trained=trained)
-        config = folder / "config.json"
-        bias = json.loads(config.read_text(encoding="utf-8")).get("reward_bias", 0.0) if config.is_file() else 0.0
-        return TrunkModel(policy, _projection(policy, saved, trained), name, float(bias))
+        saved = adapters.read(policy, folder / FOLDER, name=name, trained=trained)
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return TrunkModel(policy, _projection(policy, saved, trained), name, float(config.get("reward_bias", 0.0)))
 
 
-def _projection(policy: PreTrainedModel, saved: "dict[str, Tensor]", trained: bool) -> nn.Linear:
+def _projection(policy: PreTrainedModel, saved: dict[str, Tensor], trained: bool) -> nn.Linear:
     """The head of a file, or one that gives 0."""
     weight, bias = saved.get("score.weight"), saved.get("score.bias")
     made = nn.Linear(policy.config.get_text_config().hidden_size, 1, bias=bias is not None)

@@ -239,7 +239,10 @@ class AlignModule(L.LightningModule, ABC):
         self.strict_loading = False  # of what is frozen, that is; all else is compared here
         known = checkpoint["frozen"]
         if differing := sorted((self.state_dict().keys() - self._frozen_names()) ^ checkpoint["state_dict"].keys()):
-            raise ValueError(f"the checkpoint is not of this model: {differing[0]} is in only one of them")
+            raise ValueError(
+                f"the checkpoint is not of this model: {differing[0]} is in only one of them; give the run the model "
+                "it began with, or begin anew with overwrite=true"
+            )
         changed = [name for name, found in self._frozen_fingerprints().items() if known.get(name) != found]
         if changed:
             raise ValueError(

@@ -293,9 +293,8 @@ class PPOModule(AlignModule):
                 logprobs, values = forward.token_logprobs_and_values(
                     self.policy, self.value, ids, scored, self.sampler.temperature
                 )
-                (policy_loss, policy_stats), (value_loss, value_stats) = (
-                    self.policy_piece(logprobs, part, count), self.value_piece(values, part, count)
-                )  # fmt: skip
+                policy_loss, policy_stats = self.policy_piece(logprobs, part, count)
+                value_loss, value_stats = self.value_piece(values, part, count)
                 yield policy_loss + value_loss, policy_stats | value_stats
             else:  # one graph after the other: less memory
                 logprobs = forward.token_logprobs(self.policy, ids, scored, self.sampler.temperature)

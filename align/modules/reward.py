@@ -86,7 +86,7 @@ class RewardModule(AlignModule):
 
     def groups(self, batch: Comparisons) -> list[Int[Tensor, " picked"]]:
         """Micro-batches of whole prompts: which completions."""
-        if not self._shares(batch.ids.device):
+        if not (self.share_prompts and forward.shares_prompts(self.model.hf, batch.ids.device)):
             return prompt_groups(batch.prompt_index, batch.lengths, self.micro_batch_tokens)
         needed = shared.tokens(batch.ids, batch.lengths, batch.prompt_index)
         return prompt_groups(batch.prompt_index, needed, self.micro_batch_tokens, padded=False)
@@ -99,12 +99,9 @@ class RewardModule(AlignModule):
     ) -> Float[Tensor, " batch"]:
         """The reward of each sequence; `prompt_index` tells which may share what they begin with."""
         ids = forward.fitted(ids, lengths)
-        if prompt_index is not None and self._shares(ids.device):
+        if prompt_index is not None and self.share_prompts:
             return forward.final_scores_sharing(self.model, ids, lengths, prompt_index)
         return forward.final_scores(self.model, ids, lengths)
-
-    def _shares(self, device: torch.device) -> bool:
-        return self.share_prompts and forward.shares_prompts(self.model.hf, device)
 
     def validation_step(self, batch: Comparisons, batch_idx: int) -> None:
         """Scores every completion."""
@@ -139,14 +136,11 @@ class RewardModule(AlignModule):
     def rewards_of_all(self, batch: Sequences | Comparisons) -> Float[Tensor, " batch"]:
         """The reward of each sequence of a batch, computed in micro-batches."""
         rewards = torch.zeros(len(batch.ids), device=batch.ids.device)
-        prompts = batch.prompt_index if isinstance(batch, Comparisons) else None
-        if isinstance(batch, Comparisons):
-            groups = self.groups(batch)
-        else:
-            groups = forward.micro_batches(batch.lengths, self.micro_batch_tokens)
+        compared = isinstance(batch, Comparisons)
+        groups = self.groups(batch) if compared else forward.micro_batches(batch.lengths, self.micro_batch_tokens)
         for group in groups:
-            own = None if prompts is None else prompts[group]
-            rewards[group] = self.rewards(batch.ids[group], batch.lengths[group], own)
+            prompts = batch.prompt_index[group] if compared else None
+            rewards[group] = self.rewards(batch.ids[group], batch.lengths[group], prompts)
         return rewards
 
 
