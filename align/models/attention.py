@@ -1,11 +1,12 @@
-"""transformers' `sdpa` attention with two additions: for CPUs in mixed precision, and for prompts that are shared.
+"""transformers' `sdpa` attention with additions: for CPUs in mixed precision, for shared prompts, and for writing.
 
 Under bfloat16 autocast the backward pass of `scaled_dot_product_attention` takes ten times as long on a CPU as in
 float32 (PyTorch 2.13, AVX-512 BF16), more than all matrix products gain. With attention alone in float32, batches of
 one shape train a small model 1.6 times as fast as in float32 throughout.
 
 Sequences that share their prompt come flat (`align.models.shared`): all that is computed token by token sees no
-padding, and only here they are laid out prompt by prompt.
+padding, and only here they are laid out prompt by prompt. Sequences that are being written keep keys and values in
+`Slots`.
 """
 
 from typing import Any
@@ -17,6 +18,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from align.models.shared import SharedPrompts
+from align.models.slots import Slots
 
 NAME = "align_sdpa"
 
@@ -28,6 +30,7 @@ def attend(
     value: Tensor,
     attention_mask: Tensor | None,
     shared: SharedPrompts | None = None,
+    slots: Slots | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """transformers' `sdpa`, in float32 under CPU autocast; the form is that of its `AttentionInterface`.
@@ -35,7 +38,12 @@ def attend(
     Args:
         module, query, key, value, attention_mask, arguments: See there.
         shared: How flat sequences lie; the mask is then in there.
+        slots: Where the keys and values of sequences being written are; these are prompts, or one token of each row.
     """
+    if slots is not None:
+        if slots.filling is None:
+            return _attend_to_slots(module, query, key, value, slots, **arguments), None
+        slots.fill(module.layer_idx, key, value)  # type: ignore[arg-type]
     if shared is not None:
         query, key, value = (part[0][:, shared.place].transpose(0, 1) for part in (query, key, value))
         out, _ = attend(module, query, key, value, shared.mask, **arguments)
@@ -44,6 +52,25 @@ def attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **arguments)
     with torch.autocast("cpu", enabled=False):
         return sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **arguments)
+
+
+def _attend_to_slots(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, slots: Slots, **arguments: Any
+) -> Tensor:
+    if arguments.get("position_bias") is not None:
+        raise ValueError(f"{type(module).__name__} adds a bias for positions, which rows of different lengths lack")
+    bands = slots.put(module.layer_idx, key, value)  # type: ignore[arg-type]
+    return torch.cat(
+        [attend(module, query[rows], keys, values, mask, **arguments)[0] for rows, keys, values, mask in bands]
+    )
+
+
+def looks_all_the_way(model: PreTrainedModel) -> bool:
+    """Whether attention is ours in every layer, and from no layer looks only so far back."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ())
+    far = kinds <= {"full_attention"} and (kinds or not getattr(config, "sliding_window", None))
+    return bool(far) and model.config._attn_implementation == NAME
 
 
 def use_attend(model: PreTrainedModel) -> None:

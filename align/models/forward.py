@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from align.formulas.losses import entropy
 from align.models import sharding, shared
-from align.models.attention import NAME
+from align.models.attention import looks_all_the_way
 from align.models.heads import ScalarModel
 from align.models.shared import SharedPrompts
 
@@ -222,10 +222,7 @@ def shares_prompts(model: PreTrainedModel, device: torch.device) -> bool:
     Not where attention looks only so far back, or is not ours (`align.models.attention`).
     """
     if model not in _sharing:
-        config = model.config.get_text_config()
-        kinds = set(getattr(config, "layer_types", None) or ())
-        far = kinds <= {"full_attention"} and (kinds or not getattr(config, "sliding_window", None))
-        _sharing[model] = bool(far) and model.config._attn_implementation == NAME and _shares(model, device)
+        _sharing[model] = looks_all_the_way(model) and _shares(model, device)
     return _sharing[model]
 
 

@@ -1,8 +1,10 @@
 """Samplers: from prompts to completions. Any callable with this Protocol can be named in a YAML as `sampler:`.
 
-Two engines are here. `DecodeSampler` is a plain decoding loop over transformers' forward and key-value cache in which a
-finished sequence leaves the batch and stops costing. `GenerateSampler` is transformers' own `generate`, for models
-whose cache the loop does not know, and as the reference the loop is tested against.
+Two engines are here. `DecodeSampler` is a decoding loop over transformers' forward pass. Its cache has a row of its own
+length for each sequence (`align.models.slots`), so no prompt is padded; a finished sequence leaves the batch and the
+next prompt takes its place; equal prompts are computed once. Models that cannot be used this way are decoded with
+transformers' cache. `GenerateSampler` is transformers' own `generate`, for models whose cache that loop does not know
+either, and as the reference both are tested against.
 
 Both sample from softmax(logits / temperature) and from nothing else: no top-k, top-p, penalties or forced tokens, so
 the log-probabilities of the update's forward pass are those of the distribution that was sampled from (N+
@@ -22,7 +24,9 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
+from align.models import decode
 from align.models.forward import evaluating
+from align.models.slots import GROWTH, Slots
 from align.types import Completions, Prompts, joined
 
 LEAVE_AT = 0.8
@@ -74,15 +78,59 @@ class BatchSampler(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class DecodeSampler(BatchSampler):
-    """Decodes batches of prompts step by step with transformers' cache; finished sequences leave the batch."""
+    """Decodes step by step; finished sequences leave the batch, and waiting prompts take their places.
+
+    Attributes:
+        slots: Keeps keys and values in rows of their own lengths where the model allows it, else in transformers'
+            cache. The same to rounding.
+    """
+
+    slots: bool = True
+
+    def __call__(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
+        """See `Sampler`."""
+        if not (self.slots and decode.able(policy, prompts.device)):
+            return super().__call__(policy, prompts)
+        return _in_batches(self._write, policy, prompts, len(prompts.ids))
+
+    def _write(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
+        """Answers prompts, longest first, `batch_size` at a time."""
+        count, limit, device = len(prompts.ids), self.max_new_tokens, prompts.device
+        stops, points = _stop_ids(policy, device), _points(prompts, limit)
+        batch, begun = _Writing.start(count, limit, device), 0
+        batch.row, slots = batch.row[:0], Slots(device, room=min(GROWTH, limit))
+        last = prompts.ids.gather(1, prompts.lengths[:, None] - 1)[:, 0]
+        token = last[:0]
+        while True:
+            running = batch.running()
+            going = int(running.sum())
+            if going + count - begun == 0:
+                return _joined(prompts, batch.tokens, batch.written, batch.finished)
+            if going < LEAVE_AT * max(len(running), 1) or slots.full:
+                new = torch.arange(begun, min(count, begun + self.batch_size - going), device=device)
+                begun += len(new)
+                source = torch.cat([running.nonzero()[:, 0], torch.full_like(new, -1)])
+                lengths = torch.cat([slots.lengths[running], prompts.lengths[new] - 1])
+                order = lengths.argsort(descending=True, stable=True)
+                batch.row = torch.cat([batch.row[running], new])[order]
+                token = torch.cat([token[running], last[new]])[order]
+                slots.lay_out(source[order], lengths[order])
+                # All of a prompt but its last token, which is the first to be put in: so there is one way to a token.
+                fresh = (source[order] < 0).nonzero()[:, 0]
+                own = batch.row[fresh]
+                decode.fill(policy, prompts.ids[own], prompts.lengths[own] - 1, slots, fresh)
+            logits = decode.next_logits(policy, token, slots).float()
+            token = draw(logits, self.temperature, points[batch.row, batch.step()])
+            batch.put(token, torch.isin(token, stops))
 
     def _answer(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
+        """With transformers' cache: prompts padded on the left."""
         ids, seen = _left_padded(prompts)
         stops = _stop_ids(policy, ids.device)
         batch = _Writing.start(len(ids), self.max_new_tokens, ids.device)
         points = _points(prompts, self.max_new_tokens)
         cache, place = DynamicCache(config=policy.config), (seen.cumsum(1) - 1).clamp_min(0)
-        for step in range(self.max_new_tokens):
+        while True:
             out = policy(
                 input_ids=ids,
                 attention_mask=seen.long(),
@@ -91,18 +139,18 @@ class DecodeSampler(BatchSampler):
                 use_cache=True,
                 logits_to_keep=1,
             )
-            token = draw(out.logits[:, -1].float(), self.temperature, points[batch.row, step])
-            running = batch.put(step, token, torch.isin(token, stops))
+            token = draw(out.logits[:, -1].float(), self.temperature, points[batch.row, batch.step()])
+            batch.put(token, torch.isin(token, stops))
+            running = batch.running()
             if not running.any():
-                break
+                return _joined(prompts, batch.tokens, batch.written, batch.finished)
             if running.float().mean() < LEAVE_AT:
                 keep = running.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
-                batch.leave(keep)
+                batch.row = batch.row[keep]
                 token, seen, place = token[keep], seen[keep], place[keep]
             ids, place = token[:, None], place[:, -1:] + 1
             seen = torch.cat([seen, seen.new_ones(len(seen), 1)], dim=1)
-        return _joined(prompts, batch.tokens, batch.written, batch.finished)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,18 +225,21 @@ class _Writing:
             row=torch.arange(size, device=device),
         )
 
-    def put(
-        self, step: int, token: Int[Tensor, " running"], stop: Bool[Tensor, " running"]
-    ) -> Bool[Tensor, " running"]:
-        """Writes one token to every response not yet finished; returns which rows still run."""
-        open_rows = self.row[~self.finished[self.row]]
-        self.tokens[open_rows, step] = token[~self.finished[self.row]]
-        self.written[open_rows] = step + 1
-        self.finished[self.row] |= stop
-        return ~self.finished[self.row]
+    def running(self) -> Bool[Tensor, " running"]:
+        """Which rows of the batch are not done."""
+        return ~self.finished[self.row] & (self.written[self.row] < self.tokens.shape[1])
 
-    def leave(self, keep: Int[Tensor, " kept"]) -> None:
-        self.row = self.row[keep]
+    def step(self) -> Int[Tensor, " running"]:
+        """How many tokens each row of the batch has; of a row that is done, some number in range."""
+        return self.written[self.row].clamp_max(self.tokens.shape[1] - 1)
+
+    def put(self, token: Int[Tensor, " running"], stop: Bool[Tensor, " running"]) -> None:
+        """Writes one token to every response that is not done."""
+        running = self.running()
+        row, token, stop = self.row[running], token[running], stop[running]
+        self.tokens[row, self.written[row]] = token
+        self.written[row] += 1
+        self.finished[row] = stop
 
 
 def _in_batches(

@@ -5,10 +5,12 @@ from dataclasses import replace
 import pytest
 import tiny
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from align import seeds
-from align.models import forward
+from align.models import decode, forward
+from align.models.attention import use_attend
+from align.models.slots import Slots
 from align.rollout.sampler import DecodeSampler, GenerateSampler, draw
 
 FAMILIES = tiny.families()
@@ -23,6 +25,48 @@ def test_decode_answers_as_generate_does(name: str) -> None:
     assert torch.equal(ours.response_lengths, theirs.response_lengths)
     assert torch.equal(ours.finished, theirs.finished)
     assert ours.rows == prompts.rows == theirs.rows
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma2"])
+@pytest.mark.parametrize("at_once", [1, 3, 9])
+def test_slots_answer_as_generate_does(name: str, at_once: int) -> None:
+    model = tiny.families()[name]
+    use_attend(model)
+    assert decode.able(model, torch.device("cpu"))
+    prompts = tiny.prompts([3, 9, 1, 5, 12, 7, 5, 3], seed=4).rows_at(torch.tensor([0, 1, 2, 3, 4, 5, 3, 0]))
+    ours = DecodeSampler(max_new_tokens=12, temperature=0.0, batch_size=at_once)(model, prompts)
+    theirs = GenerateSampler(max_new_tokens=12, temperature=0.0, batch_size=8)(model, prompts)
+    assert torch.equal(ours.ids, theirs.ids)
+    assert torch.equal(ours.response_lengths, theirs.response_lengths)
+    assert torch.equal(ours.finished, theirs.finished)
+    assert ours.rows == prompts.rows
+
+
+def test_slots_and_the_other_cache_draw_alike() -> None:
+    model = tiny.llama(initializer_range=0.1).eval()
+    use_attend(model)
+    prompts = replace(tiny.prompts([4, 8, 2] * 20), seeds=seeds.derive_all(3, "sample", range(60)))
+    one, other = (
+        DecodeSampler(max_new_tokens=40, batch_size=16, slots=slots)(model, prompts) for slots in (True, False)
+    )
+    assert 10 < int(one.finished.sum()) < 60 and torch.equal(one.ids, other.ids)
+
+
+def test_waiting_prompts_take_the_places_of_what_is_finished(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.llama(initializer_range=0.05).eval()
+    use_attend(model)
+    assert decode.able(model, torch.device("cpu"))
+    rows, next_logits = [], decode.next_logits
+
+    def watched(policy: PreTrainedModel, tokens: torch.Tensor, slots: Slots) -> torch.Tensor:
+        rows.append(len(tokens))
+        return next_logits(policy, tokens, slots)
+
+    monkeypatch.setattr(decode, "next_logits", watched)
+    out = DecodeSampler(max_new_tokens=40, batch_size=10)(model, tiny.prompts([4] * 50))
+    full = rows[: len(rows) // 2]
+    assert max(rows) == 10 and min(full) == 10  # those that are done make room when they are a fifth of the batch
+    assert sum(rows) < 1.25 * int(out.response_lengths.sum()) + 10 * 8
 
 
 def test_greedy_tokens_are_the_likeliest_and_prompts_are_kept() -> None:

@@ -1,0 +1,97 @@
+"""Writing token after token with `Slots`: prompts into the cache, then one token a row and call.
+
+For every model whose attention is ours (`align.models.attention`) and looks back all the way; a trial pass tells.
+"""
+
+import weakref
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from align.models import sharding
+from align.models.attention import looks_all_the_way
+from align.models.forward import ROUNDING, evaluating, micro_batches
+from align.models.slots import Filling, Slots
+
+PROMPT_TOKENS = 8192
+"""Prompt tokens computed at once."""
+
+_able: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+
+
+def fill(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "prompts time"],
+    lengths: Int[Tensor, " prompts"],
+    slots: Slots,
+    rows: Int[Tensor, " prompts"],
+) -> None:
+    """Computes prompts and puts their keys and values into rows of the cache; equal prompts are computed once.
+
+    Args:
+        model: The language model.
+        ids: Right-padded.
+        lengths: How many tokens of each to compute; may be 0.
+        slots: The cache, which has these rows.
+        rows: Of each prompt.
+    """
+    inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    different, which = torch.where(inside, ids, -1).unique(dim=0, return_inverse=True)
+    sizes = (different >= 0).sum(1)
+    some = (sizes > 0).nonzero()[:, 0]
+    for picked in micro_batches(sizes[some], PROMPT_TOKENS) if len(some) else []:
+        prompts = some[picked.to(some.device)]
+        place = torch.full_like(sizes, -1).index_copy(0, prompts, torch.arange(len(prompts), device=ids.device))[which]
+        own = place >= 0
+        slots.filling = Filling(rows[own], place[own])
+        part = different[prompts, : int(sizes[prompts].max())].clamp_min(0)
+        sharding.run(model, _fill, part, slots)
+    slots.filling = None
+
+
+def next_logits(model: PreTrainedModel, tokens: Int[Tensor, " rows"], slots: Slots) -> Float[Tensor, "rows vocab"]:
+    """Puts one more token into each row; the logits of what follows it."""
+    slots.begin()
+    # A mask of four axes is taken as it is by transformers, which would make one of its own.
+    none = torch.zeros((1, 1, 1, 1), device=tokens.device)
+    out = model(
+        input_ids=tokens[:, None],
+        position_ids=slots.lengths[:, None],
+        attention_mask=none,
+        use_cache=False,
+        logits_to_keep=1,
+        slots=slots,
+    )
+    slots.end()
+    return out.logits[:, -1]
+
+
+def _fill(model: PreTrainedModel, ids: Int[Tensor, "prompts time"], slots: Slots) -> None:
+    model.base_model(input_ids=ids, use_cache=False, slots=slots)
+
+
+def able(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether a model's logits are right this way: tried out once a model."""
+    if model not in _able:
+        _able[model] = looks_all_the_way(model) and _try(model, device)
+    return _able[model]
+
+
+def _try(model: PreTrainedModel, device: torch.device) -> bool:
+    """Two prompts of different lengths and two tokens more of each, against one pass over all of it."""
+    ids = torch.tensor([[1, 2, 3, 2, 1], [2, 3, 1, 3, 1]], device=device)
+    lengths, rows = torch.tensor([3, 2], device=device), torch.arange(2, device=device)
+    slots, got = Slots(device), []
+    with torch.no_grad(), evaluating(model), sharding.gathered(model):
+        expected = model(input_ids=ids, use_cache=False).logits
+        slots.lay_out(torch.full_like(lengths, -1), lengths)
+        try:
+            fill(model, ids, lengths, slots, rows)
+            for step in range(2):
+                got.append(next_logits(model, ids[rows, lengths + step], slots))
+        except (TypeError, ValueError, RuntimeError):  # it takes no such arguments, or not in this form
+            return False
+    wanted = torch.stack([expected[rows, lengths + step] for step in range(2)])
+    return bool((torch.stack(got) - wanted).abs().max() <= ROUNDING * wanted.abs().max())
