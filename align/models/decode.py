@@ -83,7 +83,7 @@ def _try(model: PreTrainedModel, device: torch.device) -> bool:
     """Two prompts of different lengths and two tokens more of each, against one pass over all of it."""
     ids = torch.tensor([[1, 2, 3, 2, 1], [2, 3, 1, 3, 1]], device=device)
     lengths, rows = torch.tensor([3, 2], device=device), torch.arange(2, device=device)
-    slots, got = Slots(device), []
+    slots, got = Slots(device, most=5), []
     with torch.no_grad(), evaluating(model), sharding.gathered(model):
         expected = model(input_ids=ids, use_cache=False).logits
         slots.lay_out(torch.full_like(lengths, -1), lengths)

@@ -33,6 +33,9 @@ Larger models compute fewer tokens in that time; for them it only matters that t
 ROUNDING = 0.05
 """Of the largest hidden state: more than bfloat16 rounds, and far less than a wrong position or mask changes."""
 
+OfLogits = Callable[[Float[Tensor, "tokens vocab"], Int[Tensor, " tokens"]], Tensor]
+"""(logits, what came next) -> something of each token."""
+
 _sharing: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
 _plain_heads: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
@@ -121,14 +124,36 @@ def token_logprobs_and_values(
     temperature: float = 1.0,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
     """`token_logprobs` and `token_values` of a value head on the model itself, in one pass if the model allows it."""
+    return _with_values(model, value, ids, mask, temperature, _logprobs_of)
+
+
+def token_logprobs_entropies_and_values(
+    model: PreTrainedModel,
+    value: ScalarModel,
+    ids: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    temperature: float = 1.0,
+) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
+    """`token_logprobs_and_entropies`, and `token_values` as in `token_logprobs_and_values`."""
+    both, values = _with_values(model, value, ids, mask, temperature, _logprobs_and_entropies_of)
+    return both[:, 0], both[:, 1], values
+
+
+def _with_values(
+    model: PreTrainedModel,
+    value: ScalarModel,
+    ids: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    temperature: float,
+    function: OfLogits,
+) -> tuple[Tensor, Float[Tensor, " tokens"]]:
     if not _has_plain_head(model, ids.device):
-        return token_logprobs(model, ids, mask, temperature), token_values(value, ids, mask)
+        return _over_logits(model, ids, mask, temperature, function), token_values(value, ids, mask)
 
     def both(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
         inputs, targets = _hidden(model, ids)[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]
         head, vocab = _unembedding(model), _vocab(model)
-        logprobs = _in_chunks(head, inputs, targets, _logprobs_of, temperature=temperature, vocab=vocab)
-        return logprobs, _scalar(value, inputs)
+        return _in_chunks(head, inputs, targets, function, temperature=temperature, vocab=vocab), _scalar(value, inputs)
 
     return sharding.run(model, both)
 
@@ -249,7 +274,7 @@ def _over_logits(
     ids: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     temperature: float,
-    function: Callable[[Float[Tensor, "tokens vocab"], Int[Tensor, " tokens"]], Tensor],
+    function: OfLogits,
 ) -> Tensor:
     """`function(logits, targets)` of the scored tokens, computing no other logits where the model allows it."""
     plain = _has_plain_head(model, ids.device)
@@ -261,7 +286,7 @@ def _function_of_logits(
     ids: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     temperature: float,
-    function: Callable[[Float[Tensor, "tokens vocab"], Int[Tensor, " tokens"]], Tensor],
+    function: OfLogits,
     plain: bool,
 ) -> Tensor:
     targets = ids[:, 1:][mask[:, 1:]]
@@ -276,7 +301,7 @@ def _in_chunks(
     head: nn.Module,
     inputs: Float[Tensor, "tokens _"],
     targets: Int[Tensor, " tokens"],
-    function: Callable[[Float[Tensor, "tokens vocab"], Int[Tensor, " tokens"]], Tensor],
+    function: OfLogits,
     *,
     temperature: float,
     vocab: int,

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 GROWTH = 256
-"""Tokens to write before the rows are laid out anew, unless fewer can come."""
+"""Tokens to write before the rows are laid out anew."""
 
 BAND_ROWS = 8
 """A band has at least this many rows: calling attention costs about as much as reading them."""
@@ -42,11 +42,12 @@ class Slots:
 
     Args:
         device: Of the model.
+        most: Tokens that a row may come to hold.
         room: Tokens that can be written before the rows are laid out anew.
     """
 
-    def __init__(self, device: torch.device, *, room: int = GROWTH) -> None:
-        self.room = room
+    def __init__(self, device: torch.device, *, most: int, room: int = GROWTH) -> None:
+        self.most, self.room = most, room
         self.lengths: Int[Tensor, " rows"] = torch.zeros(0, dtype=torch.long, device=device)
         self.filling: Filling | None = None
         self._layers: dict[int, list[Tensor]] = {}
@@ -69,7 +70,7 @@ class Slots:
         of_all = lengths.tolist()
         larger = len(source) > self._rows or of_all[0] >= self._width
         if larger:
-            self._rows, self._width = len(source), of_all[0] + self.room
+            self._rows, self._width = len(source), min(of_all[0] + self.room, self.most)
         old, reach = (source >= 0).nonzero()[:, 0], min(self._longest, self._width)
         for number, parts in self._layers.items():
             self._layers[number] = [self._moved(part, source[old], old, reach, larger) for part in parts]

@@ -5,7 +5,8 @@ first minibatch's ratio π/π_old is exactly 1 and the KL to an equal reference 
 """
 
 import contextlib
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from transformers import PreTrainedModel
 
 from align.models import adapters, forward, sharding
 from align.models.heads import ScalarModel
+from align.models.trunk import one_pass
 from align.types import Completions, Record
 
 
@@ -59,42 +61,67 @@ def token_passes(
         minibatch: Episodes in a minibatch.
         micro_batch_tokens: See `AlignModule`.
     """
-    mask = completions.mask
-    rows = torch.arange(len(mask)).split(minibatch)
+    own = torch.arange(completions.size).split(minibatch)
     groups = [
-        own[group] for own in rows for group in forward.micro_batches(completions.lengths[own], micro_batch_tokens)
+        rows[part] for rows in own for part in forward.micro_batches(completions.lengths[rows], micro_batch_tokens)
     ]
-
+    over_all = functools.partial(_over_all, completions, groups)
     other = policy if reference is None else reference
-
-    def over_all(
-        model: nn.Module, function: Callable[[Tensor, Tensor], tuple[Tensor, ...]], *later: nn.Module
-    ) -> list[Tensor]:
-        """The function's values of every episode, by response; a sharded model stays whole until its last pass."""
-        found: list[Tensor] = []
-        with sharding.gathered(model):
-            for picked in groups:
-                values = function(*response_tokens(completions.rows_at(picked)))
-                found = found or [torch.zeros(mask.shape, device=mask.device) for _ in values]
-                for out, flat in zip(found, values, strict=True):
-                    out[picked] = forward.by_response(flat, mask[picked])
-        if all(model is not one for one in later):
-            sharding.free(model)  # also where the caller has gathered it
-        return found
-
-    logprobs, entropies = over_all(
-        policy,
-        lambda ids, scored: forward.token_logprobs_and_entropies(policy, ids, scored, temperature),
-        other,
-        value.hf,
-    )
-    with adapters.using(policy, None) if reference is None else contextlib.nullcontext():
-        (ref_logprobs,) = over_all(
-            other, lambda ids, scored: (forward.token_logprobs(other, ids, scored, temperature),), value.hf
+    found: dict[str, Tensor] = {}
+    together = one_pass(value)
+    if together:
+        found["logprobs"], found["entropies"], found["values"] = over_all(
+            policy,
+            lambda ids, scored: forward.token_logprobs_entropies_and_values(policy, value, ids, scored, temperature),
+            needed=other is policy,
         )
-    with value.in_use():
-        (values,) = over_all(value.hf, lambda ids, scored: (forward.token_values(value, ids, scored),))
-    return TokenPasses(logprobs, entropies, ref_logprobs, values)
+    else:
+        found["logprobs"], found["entropies"] = over_all(
+            policy,
+            lambda ids, scored: forward.token_logprobs_and_entropies(policy, ids, scored, temperature),
+            needed=policy in (other, value.hf),
+        )
+    with adapters.using(policy, None) if reference is None else contextlib.nullcontext():
+        (found["ref_logprobs"],) = over_all(
+            other,
+            lambda ids, scored: (forward.token_logprobs(other, ids, scored, temperature),),
+            needed=other is value.hf and not together,
+        )
+    if not together:
+        with value.in_use():
+            (found["values"],) = over_all(
+                value.hf, lambda ids, scored: (forward.token_values(value, ids, scored),), needed=False
+            )
+    return TokenPasses(**found)
+
+
+def _over_all(
+    completions: Completions,
+    groups: Sequence[Int[Tensor, " _"]],
+    model: nn.Module,
+    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    *,
+    needed: bool,
+) -> list[Float[Tensor, "batch response"]]:
+    """The function's values of every episode, by response.
+
+    Args:
+        completions: The episodes.
+        groups: Micro-batches of them.
+        model: What computes; if it is sharded it is gathered once for all of them.
+        function: (ids, where the response is) -> values of the response tokens, row after row.
+        needed: It stays gathered if it was, for a later pass.
+    """
+    mask, found = completions.mask, []
+    with sharding.gathered(model):
+        for picked in groups:
+            values = function(*response_tokens(completions.rows_at(picked)))
+            found = found or [torch.zeros(mask.shape, device=mask.device) for _ in values]
+            for out, flat in zip(found, values, strict=True):
+                out[picked] = forward.by_response(flat, mask[picked])
+    if not needed:
+        sharding.free(model)  # also where the caller has gathered it
+    return found
 
 
 def reward_scores(reward: ScalarModel, completions: Completions, micro_batch_tokens: int) -> Float[Tensor, " batch"]:

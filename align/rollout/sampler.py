@@ -26,7 +26,7 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from align.models import decode
 from align.models.forward import evaluating
-from align.models.slots import GROWTH, Slots
+from align.models.slots import Slots
 from align.types import Completions, Prompts, joined
 
 LEAVE_AT = 0.8
@@ -98,7 +98,7 @@ class DecodeSampler(BatchSampler):
         count, limit, device = len(prompts.ids), self.max_new_tokens, prompts.device
         stops, points = _stop_ids(policy, device), _points(prompts, limit)
         batch, begun = _Writing.start(count, limit, device), 0
-        batch.row, slots = batch.row[:0], Slots(device, room=min(GROWTH, limit))
+        batch.row, slots = batch.row[:0], Slots(device, most=int(prompts.lengths.max()) + limit)
         last = prompts.ids.gather(1, prompts.lengths[:, None] - 1)[:, 0]
         token = last[:0]
         while True:

@@ -46,7 +46,7 @@ def test_rows_of_any_length_have_the_logits_of_passes_of_their_own(
     monkeypatch.setattr(slots, "BAND_ROWS", rows_a_band)
     model, lengths = exact(name), torch.tensor([12, 11, 7, 3, 1, 0])
     ids = torch.randint(3, tiny.VOCAB, (6, 17), generator=torch.Generator().manual_seed(0))
-    cache = Slots(CPU)
+    cache = Slots(CPU, most=20)
     cache.lay_out(torch.full((6,), -1), lengths)
     decode.fill(model, ids, lengths, cache, torch.arange(6))
     got = written(model, ids, lengths, cache, 4)
@@ -59,7 +59,7 @@ def test_rows_of_any_length_have_the_logits_of_passes_of_their_own(
 def test_rows_leave_come_and_grow(room: int) -> None:
     model = exact("qwen3")
     ids = torch.randint(3, tiny.VOCAB, (7, 30), generator=torch.Generator().manual_seed(1))
-    first, cache = torch.tensor([9, 6, 5, 2]), Slots(CPU, room=room)
+    first, cache = torch.tensor([9, 6, 5, 2]), Slots(CPU, most=13, room=room)
     cache.lay_out(torch.full((4,), -1), first)
     decode.fill(model, ids[:4], first, cache, torch.arange(4))
     written(model, ids[:4], first, cache, 2)
@@ -81,7 +81,7 @@ def test_equal_prompts_are_computed_once() -> None:
     model, computed = exact("llama-tied"), []
     model.base_model.layers[0].register_forward_pre_hook(lambda _, given: computed.append(given[0].shape[:2].numel()))
     ids = torch.tensor([[5, 6, 7, 8], [5, 6, 7, 9], [5, 6, 7, 8], [5, 6, 3, 3]])
-    lengths, cache = torch.tensor([3, 3, 3, 2]), Slots(CPU)
+    lengths, cache = torch.tensor([3, 3, 3, 2]), Slots(CPU, most=20)
     cache.lay_out(torch.full((4,), -1), lengths)
     decode.fill(model, ids, lengths, cache, torch.arange(4))
     assert sum(computed) == 6  # 5 6 7 once, and 5 6 filled up to its length
