@@ -91,7 +91,7 @@ class Slots:
 
     def begin(self) -> None:
         """Before each token: what every row may attend to, itself included."""
-        grown = self._longest - (self._bands[0][2] if self._bands else 0)
+        grown = self._longest - self._bands[0][2]
         self._masks = [
             (torch.arange(longest + grown + 1, device=self.lengths.device) <= self.lengths[start:end, None])[
                 :, None, None

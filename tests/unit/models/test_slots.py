@@ -112,3 +112,14 @@ def test_models_that_look_only_so_far_back_or_go_wrong_cannot(monkeypatch: pytes
     assert not decode.able(near, CPU)
     monkeypatch.setattr(attention, "_attend_to_slots", lambda module, query, *_, **__: query.transpose(1, 2))
     assert not decode.able(exact("llama-tied"), CPU)
+
+
+@torch.no_grad()
+def test_rows_have_no_more_room_than_they_may_need() -> None:
+    model, ids, lengths = exact("qwen2"), torch.tensor([[3, 4, 5, 6, 7]]), torch.tensor([3])
+    cache = Slots(CPU, most=5)
+    cache.lay_out(torch.tensor([-1]), lengths)
+    decode.fill(model, ids, lengths, cache, torch.tensor([0]))
+    assert not cache.full
+    written(model, ids, lengths, cache, 2)
+    assert cache.full
