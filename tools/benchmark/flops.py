@@ -50,7 +50,7 @@ def reward(size: Size, comparisons: Iterable[tuple[int, Sequence[int]]]) -> int:
 
 
 def ppo_update(size: Size, episodes: Iterable[tuple[int, int]], epochs: int, networks: int = 2) -> int:
-    """So many epochs over episodes of (prompt, response) tokens, for a policy and perhaps a value network of its own."""
+    """So many epochs over episodes of (prompt, response) tokens; two networks: a policy and a value network."""
     one_epoch = sum(
         networks * trunk(size, prompt + own, causal(prompt + own)) + head(size, own) for prompt, own in episodes
     )  # fmt: skip

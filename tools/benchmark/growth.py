@@ -32,8 +32,7 @@ def axes(size: Size) -> Points:
     Tokens of a step stay about the same where something else grows.
     """
     few = max(1, size.batch // 4)
-    tokens = few * 2 * size.prompt.low * 8
-    wide = {"heads": size.heads}
+    tokens = 2 * size.positions
     return {
         "examples a step": {count: {"examples": count} for count in _parts(size.batch, (32, 8, 2, 1))},
         "tokens an example": {
@@ -42,8 +41,8 @@ def axes(size: Size) -> Points:
         },
         "vocabulary": {size.vocab * k // 8: {"examples": few, "vocab": size.vocab * k // 8} for k in (1, 8, 32, 64)},
         "hidden units": {
-            size.hidden * k // 2: {"examples": few, "hidden": size.hidden * k // 2, "inner": size.inner * k // 2, **wide}
-            for k in (1, 2, 3, 4)
+            hidden: {"examples": few, "hidden": hidden, "inner": hidden * size.inner // size.hidden}
+            for hidden in (size.hidden * k // 2 for k in (1, 2, 3, 4))
         },
     }  # fmt: skip
 

@@ -16,6 +16,7 @@ LONG = 10.0
 """Seconds of a first turn that say enough of a setting; after a shorter one, a second turn decides."""
 
 LIMITS = (machine.BLOCKS, machine.HEAD)
+LIMIT_TURNS = 5
 
 Say = Callable[[str], None]
 
@@ -56,13 +57,14 @@ class Setup:
         )
 
 
-def compare(name: str, kind: Kind, setup: Setup, say: Say) -> dict[str, Any]:
+def compare(name: str, kind: Kind, setup: Setup, bench: Worker, say: Say) -> dict[str, Any]:
     """Measures a kind of work.
 
     Args:
         name: Of the kind.
         kind: What it is.
         setup: Of the run.
+        bench: See there.
         say: Is told what happens.
 
     Returns:
@@ -86,13 +88,9 @@ def compare(name: str, kind: Kind, setup: Setup, say: Say) -> dict[str, Any]:
             setup.prepare(worker, contender.module, name, setting)
             running[contender.name] = worker
             found[contender.name] = {"setting": setting, "trials": trials, "turns": []}
-        bench = stack.enter_context(closing(setup.worker(f"{name}-machine"))) if kind.limited else None
-        if bench is not None:
-            setup.prepare(bench, "machine", name, "")
-            bench.receive()
         _each(running, left_out, lambda own, worker: found[own].update(_begun(worker.receive())))
         for number in range((setup.turns or kind.turns) + 1):
-            if bench is not None:
+            if kind.limited:
                 for what in limits:
                     limits[what].append(bench.turn(what=what).rate)
 
@@ -107,19 +105,23 @@ def compare(name: str, kind: Kind, setup: Setup, say: Say) -> dict[str, Any]:
     result: dict[str, Any] = {
         "contenders": {own: item for own, item in found.items() if own in running}, "left_out": left_out
     }  # fmt: skip
-    if bench is not None:
+    if kind.limited:
         result |= {"limits": {what: rates[1:] for what, rates in limits.items()}, "flops": flops.of(name, setup.work)}
     return result
 
 
-def limits(setup: Setup, say: Say) -> dict[str, list[float]]:
+def bench(setup: Setup) -> Worker:
+    """A worker that measures the machine's limits."""
+    worker = setup.worker("machine")
+    setup.prepare(worker, "machine", "", "")
+    worker.receive()
+    return worker
+
+
+def limits(bench: Worker) -> dict[str, list[float]]:
     """What the machine can do: operations a second of both products, and bytes a second of a copy."""
-    say("the machine's limits")
-    with closing(setup.worker("machine")) as worker:
-        setup.prepare(worker, "machine", "", "")
-        worker.receive()
-        every = (machine.BLOCKS, machine.HEAD, machine.COPY)
-        return {what: [worker.turn(what=what).rate for _ in range(5)] for what in every}
+    every = (*LIMITS, machine.COPY)
+    return {what: [bench.turn(what=what).rate for _ in range(LIMIT_TURNS)] for what in every}
 
 
 def _interpreter(contender: Contender, setup: Setup, say: Say) -> str | Path:

@@ -173,7 +173,7 @@ def _ppo(work: Work, setting: str) -> Callable[[], Turn]:
         optim=_optim(),
         ppo=PPO(
             kl_coef=common.KL, gamma=common.GAMMA, lam=common.LAMBDA, clip=common.CLIP, value_coef=common.VALUE_COEF
-        ),  # fmt: skip
+        ),
     )
     data = Episodes(
         tokenizer=tokenizer,

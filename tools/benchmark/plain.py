@@ -93,7 +93,9 @@ def padded(rows: Sequence[Sequence[int]], fill: int) -> tuple[Int[Tensor, "batch
     return ids, torch.arange(width) < lengths[:, None]
 
 
-def ordered_pairs(scores: Sequence[Sequence[float]]) -> tuple[Int[Tensor, "prompts pairs"], Int[Tensor, "prompts pairs"]]:
+def ordered_pairs(
+    scores: Sequence[Sequence[float]],
+) -> tuple[Int[Tensor, "prompts pairs"], Int[Tensor, "prompts pairs"]]:
     """The better and the worse answer of every pair of each prompt, whose scores all differ."""
     pairs = [[sorted(pair, key=lambda one: -own[one]) for pair in combinations(range(len(own)), 2)] for own in scores]
     both = torch.tensor(pairs)

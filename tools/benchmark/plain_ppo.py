@@ -1,6 +1,7 @@
-"""PPO by hand: rollout, scoring and update with four networks, over prompts padded on the left and answers on the right.
+"""PPO by hand: rollout, scoring and update with four networks.
 
-Every pass computes all logits of all places, as the obvious code does.
+Prompts are padded on the left and answers on the right. Every pass computes the logits of all places, as the obvious
+code does.
 """
 
 import copy

@@ -55,7 +55,7 @@ def _run(command: list[str], requirement: str, home: Path) -> None:
     if done.returncode:
         said = "\n".join(f"    {line}" for line in (done.stdout + done.stderr).splitlines()[-6:])
         raise BenchmarkError(
-            f"no environment with {requirement}: `{' '.join(command)}` ended with exit code {done.returncode}, expected "
-            f"0. It said:\n{said}\n  Without a network, go on with --against plain; or put such an environment into "
-            f"{home.parent} from elsewhere (--venvs FOLDER)"
+            f"no environment with {requirement}: `{' '.join(command)}` ended with exit code {done.returncode}, "
+            f"expected 0. It said:\n{said}\n  Without a network, go on with --against plain, or with environments that "
+            "were made before (--venvs FOLDER)"
         )

@@ -217,9 +217,13 @@ def _comparisons(size: Size, count: int, draw: random.Random) -> list[dict[str, 
     prompts = _prompts(size, size.compared[count] * REWARD_STEPS, draw)
     responses = iter(_responses(size, count * len(prompts), draw))
     return [
-        {"prompt": prompt, "responses": [next(responses) for _ in range(count)], "scores": draw.sample(range(count), count)}
+        {
+            "prompt": prompt,
+            "responses": [next(responses) for _ in range(count)],
+            "scores": draw.sample(range(count), count),
+        }
         for prompt in prompts
-    ]  # fmt: skip
+    ]
 
 
 def _tokens(size: Size, count: int, draw: random.Random) -> list[int]:
