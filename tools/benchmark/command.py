@@ -39,10 +39,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         found = _read(options.out) if options.report_only else _measured(options, only, families)
         page.write(options.out / "performance.md", found)
     except BenchmarkError as error:
-        console.print(f"error: {error}", markup=False, style="red")
+        console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
         return 2
     pictures.draw(options.out / "performance.png", found)
-    console.print(page.tables(found), markup=False)
+    console.print(page.tables(found), markup=False, soft_wrap=True)
     left_out = [name for kind in found["kinds"].values() for name in kind["left_out"]] + list(found["failed"])
     if left_out:
         console.print(f"left out: {', '.join(dict.fromkeys(left_out))}; see above, and performance.json for why")
@@ -106,7 +106,9 @@ def _say_what_is_missing(name: str, found: dict[str, Any]) -> None:
     if name in found["failed"]:
         missing[name] = found["failed"][name]
     for who, why in missing.items():
-        console.print(f"{name}: {who} is left out, the others go on. {why}", markup=False, style="yellow")
+        console.print(
+            f"{name}: {who} is left out, the others go on. {why}", markup=False, style="yellow", soft_wrap=True
+        )
 
 
 def _made(options: argparse.Namespace) -> dict[str, Any]:
