@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import logging
 
 from align.atomic import write_text
 from tools.benchmark import growth, measure, page, pictures, work
@@ -73,6 +74,7 @@ def _measured(options: argparse.Namespace, only: list[str], families: list[str])
     """Measures, and writes performance.json after every kind of work."""
     out, runs = options.out, options.runs.absolute()
     out.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()
     with console.status("making models and data") as status, ExitStack() as stack:
         setup = measure.Setup(
             work=work.write(runs / "work" / options.size, work.SIZES[options.size]),
@@ -82,10 +84,8 @@ def _measured(options: argparse.Namespace, only: list[str], families: list[str])
             turns=options.turns,
             families=(OURS, *families),
         )
-        found: dict[str, Any] = {"made": _made(options), "kinds": {}, "failed": {}}
-        status.update("the machine's limits")
+        found: dict[str, Any] = {"made": _made(options), "kinds": {}, "failed": {}, "limits": {}}
         bench = stack.enter_context(closing(measure.bench(setup)))
-        found["limits"] = measure.limits(bench)
         for name in only:
             begun = datetime.datetime.now()
             try:
@@ -95,6 +95,8 @@ def _measured(options: argparse.Namespace, only: list[str], families: list[str])
                     found[name] = {GROWTH: growth.grow, SCALING: growth.scale}[name](setup, status.update)
             except BenchmarkError as error:
                 found["failed"][name] = str(error)
+            for what, rates in measure.limits(bench).items():
+                found["limits"].setdefault(what, []).extend(rates)
             _say_what_is_missing(name, found)
             write_text(out / "performance.json", json.dumps(found, indent=1) + "\n")
             console.print(f"{name}: done in {(datetime.datetime.now() - begun).total_seconds():.0f} s")

@@ -57,12 +57,12 @@ def ppo_update(size: Size, episodes: Iterable[tuple[int, int]], epochs: int, net
     return TRAINING * epochs * one_epoch
 
 
-def of(kind: str, work: Work) -> int:
-    """What one turn of a kind of work needs; of PPO, only its updates, with two networks."""
+def of(kind: str, work: Work, networks: int = 2) -> int:
+    """What one turn of a kind of work needs; of PPO, only its updates of so many networks."""
     if kind == "sft":
         return sft(work.size, [(len(row["prompt"]), len(row["response"])) for row in work.demonstrations])
     if kind == "ppo":
         episodes = [(len(prompt), response_length(prompt, work.size)) for prompt in work.episodes]
-        return ppo_update(work.size, episodes, work.size.epochs)
+        return ppo_update(work.size, episodes, work.size.epochs, networks)
     rows = work.comparisons[int(kind.removeprefix("reward"))]
     return reward(work.size, [(len(row["prompt"]), [len(answer) for answer in row["responses"]]) for row in rows])

@@ -20,6 +20,7 @@ class Contender:
         module: In this package; its `prepare` loads what is needed.
         settings: What `prepare` may be told; the fastest of several is taken.
         requirement: What its environment has beside this one's packages; None: nothing.
+        networks: That learn in PPO.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Contender:
     module: str
     settings: tuple[str, ...] = ("",)
     requirement: str | None = None
+    networks: int = 2
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ KINDS: Mapping[str, Kind] = {
         unit="episodes/s",
         contenders=(
             Contender("ours", OURS, "ours", ("separate networks",)),
-            Contender("ours, one trunk", OURS, "ours", ("one trunk",)),
+            Contender("ours, one trunk", OURS, "ours", ("one trunk",), networks=1),
             Contender("plain loop", PLAIN, "plain"),
             Contender("TRL", TRL, "trl_ppo", ("defaults", "all at once"), PPO_TRL),
         ),

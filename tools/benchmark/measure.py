@@ -16,7 +16,7 @@ LONG = 10.0
 """Seconds of a first turn that say enough of a setting; after a shorter one, a second turn decides."""
 
 LIMITS = (machine.BLOCKS, machine.HEAD)
-LIMIT_TURNS = 5
+LIMIT_TURNS = 2
 
 Say = Callable[[str], None]
 
@@ -68,9 +68,12 @@ def compare(name: str, kind: Kind, setup: Setup, bench: Worker, say: Say) -> dic
         say: Is told what happens.
 
     Returns:
-        `contenders`: name -> setting, turns, bytes of memory before (`base`) and at most (`peak`), versions, and what
-        was found of each setting that was tried. `left_out`: name -> why. `limits`: operations a second of products of
-        matrices, one number a turn; `flops`: those that one turn needs.
+        `contenders`: name -> setting, turns, bytes of memory before (`base`) and at most (`peak`), versions, what was
+        found of each setting that was tried, and operations that one turn needs (`flops`). `left_out`: name -> why.
+        `limits`: operations a second of products of matrices, one number a turn.
+
+    Raises:
+        BenchmarkError: The first contender has failed, with which the others are compared.
     """
     found: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
@@ -88,6 +91,8 @@ def compare(name: str, kind: Kind, setup: Setup, bench: Worker, say: Say) -> dic
             setup.prepare(worker, contender.module, name, setting)
             running[contender.name] = worker
             found[contender.name] = {"setting": setting, "trials": trials, "turns": []}
+            if kind.limited:
+                found[contender.name]["flops"] = flops.of(name, setup.work, contender.networks)
         _each(running, left_out, lambda own, worker: found[own].update(_begun(worker.receive())))
         for number in range((setup.turns or kind.turns) + 1):
             if kind.limited:
@@ -100,21 +105,23 @@ def compare(name: str, kind: Kind, setup: Setup, bench: Worker, say: Say) -> dic
 
             _each(running, left_out, measured)
         _each(running, left_out, lambda own, worker: found[own].update(peak=worker.ask(do="end")["memory"]))
+    first = kind.contenders[0].name
+    if first not in running:
+        raise BenchmarkError(f"{first}, with which all are compared: {left_out[first]}")
     for own in found.values():
         own["turns"] = own["turns"][1:]
     result: dict[str, Any] = {
         "contenders": {own: item for own, item in found.items() if own in running}, "left_out": left_out
     }  # fmt: skip
     if kind.limited:
-        result |= {"limits": {what: rates[1:] for what, rates in limits.items()}, "flops": flops.of(name, setup.work)}
+        result["limits"] = {what: rates[1:] for what, rates in limits.items()}
     return result
 
 
 def bench(setup: Setup) -> Worker:
-    """A worker that measures the machine's limits."""
+    """A worker that measures the machine's limits; it is prepared while others are."""
     worker = setup.worker("machine")
     setup.prepare(worker, "machine", "", "")
-    worker.receive()
     return worker
 
 

@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
 
 from align.bootstrap import Interval
 from tools.benchmark import results
@@ -21,6 +22,9 @@ COLOURS: Mapping[str, str] = {
 PHASES = (1.0, 0.7, 0.4)
 """Opacity of rollout, scoring and update."""
 
+ROOM = 1.25
+"""How far an axis reaches beyond what is drawn."""
+
 WIDTH, HEIGHT = 5.0, 3.6
 """Of a panel, in inches."""
 
@@ -33,7 +37,7 @@ def draw(path: Path, found: Mapping[str, Any]) -> None:
         panels += [_ratios(kinds), _memory(kinds)]
     if "ppo" in kinds:
         panels.append(_phases(results.phases(kinds["ppo"])))
-    if any("flops" in kind for kind in kinds.values()):
+    if any("limits" in kind for kind in kinds.values()):
         panels.append(_shares(kinds))
     growth = found.get("growth") or {}
     panels += [_line(axis, points) for axis, points in growth.items()]
@@ -44,10 +48,10 @@ def draw(path: Path, found: Mapping[str, Any]) -> None:
 
 
 def _ratios(kinds: Mapping[str, Mapping[str, Any]]) -> Draw:
+    found = {name: results.speedups(kind) for name, kind in kinds.items()}
+
     def panel(axes: Axes) -> None:
-        ratios = {name: results.speedups(kind) for name, kind in kinds.items()}
-        names = list(dict.fromkeys(other for found in ratios.values() for other in found))
-        _bars(axes, ratios, names, "{:.1f}")
+        _bars(axes, found, "{:.1f}")
         axes.axhline(1.0, color=INK, linewidth=1)
         axes.set_title("how many times as fast ours is")
 
@@ -55,49 +59,60 @@ def _ratios(kinds: Mapping[str, Mapping[str, Any]]) -> Draw:
 
 
 def _memory(kinds: Mapping[str, Mapping[str, Any]]) -> Draw:
+    found = {
+        name: {own: _exact(results.memory(item) / 1e9) for own, item in kind["contenders"].items()}
+        for name, kind in kinds.items()
+    }
+
     def panel(axes: Axes) -> None:
-        found = {
-            name: {own: _exact(results.memory(item) / 1e9) for own, item in kind["contenders"].items()}
-            for name, kind in kinds.items()
-        }
-        _bars(axes, found, list(dict.fromkeys(own for kind in found.values() for own in kind)), "{:.1f}")
+        _bars(axes, found, "{:.1f}")
         axes.set_title("memory for models and work, GB")
 
     return panel
 
 
 def _shares(kinds: Mapping[str, Mapping[str, Any]]) -> Draw:
+    every = {
+        name: {own: results.share_of_limit(kind, own) for own in kind["contenders"]} for name, kind in kinds.items()
+    }
+    found = {
+        name: {own: share for own, share in shares.items() if share is not None} for name, shares in every.items()
+    }  # fmt: skip
+
     def panel(axes: Axes) -> None:
-        found: dict[str, dict[str, Interval]] = {}
-        for name, kind in kinds.items():
-            shares = {own: results.share_of_limit(kind, own) for own in kind["contenders"] if own != "ours, one trunk"}
-            if known := {own: share for own, share in shares.items() if share is not None}:
-                found[name] = known
-        _bars(axes, found, list(dict.fromkeys(own for kind in found.values() for own in kind)), "{:.0%}")
+        _bars(axes, {name: shares for name, shares in found.items() if shares}, "{:.0%}")
         axes.set_title("learning: share of the matrix limit")
-        axes.set_ylim(0, 1)
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
 
     return panel
 
 
-def _bars(axes: Axes, found: Mapping[str, Mapping[str, Interval]], names: list[str], text: str) -> None:
+def _bars(axes: Axes, found: Mapping[str, Mapping[str, Interval]], text: str) -> None:
     """One group of bars a kind of work, one bar a contender, with its interval."""
-    width = 0.8 / max(1, len(names))
+    width = 0.84 / max(len(own) for own in found.values())
     for group, own in enumerate(found.values()):
-        for name, value in own.items():
-            place = group + (names.index(name) - (len(names) - 1) / 2) * width
-            axes.bar(place, value.mean, width * 0.94, color=_colour(name))
-            spread = [[max(0.0, value.mean - value.low)], [max(0.0, value.high - value.mean)]]
-            axes.errorbar(place, value.mean, spread, color=INK, linewidth=1, capsize=2)
+        for number, (name, value) in enumerate(own.items()):
+            place = group + (number - (len(own) - 1) / 2) * width
+            axes.bar(place, value.mean, width * 0.92, color=_colour(name))
+            if value.high > value.low:
+                spread = [[max(0.0, value.mean - value.low)], [max(0.0, value.high - value.mean)]]
+                axes.errorbar(place, value.mean, spread, color=INK, linewidth=1, capsize=2)
             axes.annotate(
                 text.format(value.mean), (place, value.high), (0, 2), textcoords="offset points", ha="center",
                 va="bottom", fontsize=7,
             )  # fmt: skip
-    for name in names:
+    present = {name for own in found.values() for name in own}
+    for name in (name for name in COLOURS if name in present):
         axes.bar(0, 0, color=_colour(name), label=name)
     axes.set_xticks(range(len(found)), list(found))
-    axes.margins(y=0.25)
-    axes.legend(frameon=False, loc="upper left", fontsize=8, ncols=2, borderpad=0)
+    _leave_room(axes)
+    axes.legend(frameon=False, loc="upper left", fontsize=8, ncols=3, borderpad=0)
+
+
+def _leave_room(axes: Axes) -> None:
+    """For the legend above the bars."""
+    axes.set_ylim(0, ROOM * axes.get_ylim()[1])
 
 
 def _phases(found: Mapping[str, Mapping[str, float]]) -> Draw:
@@ -110,10 +125,10 @@ def _phases(found: Mapping[str, Mapping[str, float]]) -> Draw:
                 if place == 0:
                     axes.bar(0, 0, color=PALE, alpha=opacity, label=phase)
             axes.annotate(f"{bottom:.1f}", (place, bottom), (0, 2), textcoords="offset points", ha="center")
-        axes.legend(frameon=False, loc="upper left", reverse=True, fontsize=8)
+        axes.legend(frameon=False, loc="upper left", fontsize=8, ncols=3)
         axes.set_xticks(range(len(found)), [name.replace(", ", ",\n") for name in found])
         axes.set_title("PPO: seconds a rollout")
-        axes.margins(y=0.15)
+        _leave_room(axes)
 
     return panel
 

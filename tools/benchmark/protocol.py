@@ -61,6 +61,7 @@ class Worker:
 
     def __init__(self, python: str | Path, log: Path, threads: int) -> None:
         self.log = log
+        self._unread = 0
         log.parent.mkdir(parents=True, exist_ok=True)
         with open(log, "w", encoding="utf-8") as errors:
             self._process = subprocess.Popen(
@@ -74,23 +75,26 @@ class Worker:
             )
 
     def ask(self, **request: Any) -> dict[str, Any]:
-        """Sends a request and waits for the answer.
+        """Sends a request and waits for the answer; those to earlier requests are dropped.
 
         Raises:
             BenchmarkError: The worker has died.
         """
         self.send(**request)
+        while self._unread > 1:
+            self.receive()
         return self.receive()
 
     def send(self, **request: Any) -> None:
         """Sends a request, whose answer `receive` waits for."""
         assert self._process.stdin is not None
+        self._unread += 1
         with contextlib.suppress(BrokenPipeError):  # what it died of is in the log
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
 
     def receive(self) -> dict[str, Any]:
-        """The answer to the last request.
+        """The answer to the first request that has not been answered yet.
 
         Raises:
             BenchmarkError: The worker has died.
@@ -102,6 +106,7 @@ class Worker:
             raise BenchmarkError(
                 f"a worker ended with exit code {code}, expected an answer. The end of {self.log}:\n{tail(self.log)}"
             )
+        self._unread -= 1
         return json.loads(line)
 
     def turn(self, **arguments: Any) -> Turn:

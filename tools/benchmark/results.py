@@ -63,11 +63,12 @@ def share_of_limit(kind: Mapping[str, Any], name: str) -> Interval | None:
 
     Of PPO it is the update's share. None where operations are not counted.
     """
-    if "flops" not in kind:
+    contender = kind["contenders"][name]
+    if "flops" not in contender:
         return None
     limit = max(kind["limits"].values(), key=median)
-    seconds = [turn.phases.get("update", turn.seconds) for turn in turns(kind["contenders"][name])]
-    return ratio_of_medians([kind["flops"] / taken for taken in seconds], limit)
+    seconds = [turn.phases.get("update", turn.seconds) for turn in turns(contender)]
+    return ratio_of_medians([contender["flops"] / taken for taken in seconds], limit)
 
 
 def phases(kind: Mapping[str, Any]) -> dict[str, dict[str, float]]:

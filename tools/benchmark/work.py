@@ -62,7 +62,7 @@ class Size:
         positions: The longest sequence it takes.
         prompt, response: Lengths. `response.high` is the limit of new tokens as well.
         batch, steps: Examples of one optimizer step of SFT, and steps of one turn.
-        compared: Answers to a prompt -> prompts of one optimizer step of the reward model, two of which are a turn.
+        compared: Answers to a prompt -> prompts of one optimizer step of the reward model, which is a turn.
         episodes, epochs: Of one rollout of PPO, which is a turn; every epoch is one optimizer step.
         prompts: Answered in one turn where only the sampler is measured.
     """
@@ -88,7 +88,7 @@ SIZES = {
     "15m": Size(
         name="15m", hidden=256, layers=8, heads=8, inner=1024, vocab=8192, positions=1024,
         prompt=Spread(64, 16, 256), response=Spread(40, 4, 128),
-        batch=32, steps=2, compared={4: 4, 9: 2}, episodes=32, epochs=4, prompts=64,
+        batch=32, steps=2, compared={4: 8, 9: 2}, episodes=32, epochs=4, prompts=64,
     ),
     "tiny": Size(
         name="tiny", hidden=32, layers=2, heads=4, inner=64, vocab=256, positions=64,
@@ -97,7 +97,6 @@ SIZES = {
     ),
 }  # fmt: skip
 
-REWARD_STEPS = 2
 LEARNING_RATE = 1e-6
 """So small that no turn changes what a model does, so small that all turns are alike."""
 
@@ -214,7 +213,7 @@ def _responses(size: Size, count: int, draw: random.Random) -> list[list[int]]:
 
 
 def _comparisons(size: Size, count: int, draw: random.Random) -> list[dict[str, Any]]:
-    prompts = _prompts(size, size.compared[count] * REWARD_STEPS, draw)
+    prompts = _prompts(size, size.compared[count], draw)
     responses = iter(_responses(size, count * len(prompts), draw))
     return [
         {

@@ -177,7 +177,7 @@ def test_an_environment_that_pip_cannot_make_says_what_to_do(tmp_path: Path, mon
 def contender(seconds: list[float], units: float = 60.0, **more: Any) -> dict[str, Any]:
     """What a run keeps of a contender."""
     turns = [{"seconds": taken, "units": units, "phases": {}} for taken in seconds]
-    return {"setting": "", "trials": {}, "turns": turns, "base": 1e6, "peak": 11e6, "versions": {}, **more}
+    return {"setting": "", "trials": {}, "turns": turns, "base": 1e6, "peak": 11e6, "versions": {}, "flops": 40, **more}
 
 
 @pytest.fixture
@@ -191,7 +191,6 @@ def found() -> dict[str, Any]:
         "contenders": contenders,
         "left_out": {"plain loop": "why not\nmore"},
         "limits": {"blocks": [25.0] * 3, "head": [20.0] * 3},
-        "flops": 40,
     }  # fmt: skip
     made = {
         "date": "2025-01-01", "commit": "abc", "cpu": "A CPU", "cores": 2, "threads": 2, "versions": {"torch": "2"}
