@@ -88,7 +88,7 @@ SIZES = {
     "15m": Size(
         name="15m", hidden=256, layers=8, heads=8, inner=1024, vocab=8192, positions=1024,
         prompt=Spread(64, 16, 256), response=Spread(40, 4, 128),
-        batch=32, steps=2, compared={4: 8, 9: 2}, episodes=32, epochs=4, prompts=64,
+        batch=32, steps=2, compared={4: 8, 9: 2}, episodes=24, epochs=4, prompts=64,
     ),
     "tiny": Size(
         name="tiny", hidden=32, layers=2, heads=4, inner=64, vocab=256, positions=64,
