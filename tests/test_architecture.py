@@ -58,6 +58,7 @@ DOCUMENTS = (
     "docs/extend.md",
     "docs/reliability.md",
     "docs/scale.md",
+    "docs/performance.md",
 )
 
 NAMED = re.compile(r"(?<![\w/])((?:align|configs|tools|tests|docs|data)/[\w./-]*\w)(?::([\w.]*\w))?")

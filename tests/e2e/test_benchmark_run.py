@@ -1,0 +1,21 @@
+"""The benchmark's command, with two contenders in processes of their own, on the smallest work."""
+
+import json
+from pathlib import Path
+
+from tools.benchmark import command
+
+
+def test_a_benchmark_measures_contenders_in_turns(tmp_path: Path) -> None:
+    folders = ["--out", str(tmp_path / "out"), "--runs", str(tmp_path / "runs")]
+    chosen = ["--size", "tiny", "--only", "sft", "--against", "plain", "--turns", "2", "--threads", "1"]
+    assert command.main([*folders, *chosen]) == 0
+    found = json.loads((tmp_path / "out" / "performance.json").read_text())
+    kind = found["kinds"]["sft"]
+    assert list(kind["contenders"]) == ["ours", "plain loop"] and not kind["left_out"]
+    for contender in kind["contenders"].values():
+        assert len(contender["turns"]) == 2 and all(turn["seconds"] > 0 for turn in contender["turns"])
+        assert contender["peak"] >= contender["base"] > 0
+    assert all(len(rates) == 2 and min(rates) > 0 for rates in kind["limits"].values())
+    assert "| SFT | ours |" in (tmp_path / "out" / "performance.md").read_text()
+    assert (tmp_path / "out" / "performance.png").exists()

@@ -1,0 +1,262 @@
+"""The benchmark's arithmetic by hand, its line to the workers, its tables, and the work that all contenders share."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from align.bootstrap import Interval
+from tools.benchmark import command, flops, growth, ours, page, plain, plain_ppo, results, venvs, work, worker
+from tools.benchmark.kinds import KINDS
+from tools.benchmark.protocol import BenchmarkError, Turn, peak_bytes, tail
+
+TINY = work.SIZES["tiny"]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> work.Work:
+    """The tiny work, written."""
+    return work.write(tmp_path_factory.mktemp("work"), TINY)
+
+
+# Numbers.
+
+
+def test_a_ratio_is_that_of_medians() -> None:
+    """Medians 4 and 2: 2, whatever the outliers."""
+    found = results.ratio_of_medians([4.0, 4.0, 100.0], [2.0, 2.0, 0.1])
+    assert found.mean == 2.0
+    assert found.low <= 2.0 <= found.high and found.n == 3
+
+
+def test_the_interval_of_a_ratio_is_that_of_paired_turns() -> None:
+    """Every turn is twice as fast, though turns differ by a factor of a hundred: no resample says anything else."""
+    slow = [1.0, 10.0, 100.0, 3.0]
+    found = results.ratio_of_medians([2.0 * value for value in slow], slow)
+    assert (found.mean, found.low, found.high) == (2.0, 2.0, 2.0)
+
+
+def test_the_interval_reaches_as_far_as_resampled_medians_do() -> None:
+    """Of three turns 1, 2, 9 a resample has the median 1 or 9 in 7 of 27 cases each, beyond 2.5 % on both sides."""
+    found = results.ratio_of_medians([1.0, 2.0, 9.0], [1.0, 1.0, 1.0])
+    assert (found.mean, found.low, found.high) == (2.0, 1.0, 9.0)
+
+
+def test_two_turns_have_no_interval() -> None:
+    found = results.ratio_of_medians([4.0, 8.0], [2.0, 2.0])
+    assert found == Interval(3.0, 3.0, 3.0, 2)
+
+
+def test_operations_of_a_hand_count() -> None:
+    """Hidden 2, inner 3, one layer, vocabulary 5: 4·4 + 3·6 = 34 weights a token, 68 operations, 8 a pair attended."""
+    size = work.resized(TINY, hidden=2, inner=3, layers=1, vocab=5)
+    assert flops.causal(3) == 6 and flops.causal(2, before=3) == 9
+    assert flops.trunk(size, tokens=3, attended=6) == 3 * 68 + 6 * 8
+    assert flops.head(size, 2) == 2 * 2 * 5 * 2
+    assert flops.sft(size, [(1, 2)]) == 3 * (252 + 40)
+    # A prompt of 3 tokens once, answers of 2 and 1 behind it: 6 tokens, 6 + 9 + 4 pairs.
+    assert flops.reward(size, [(3, [2, 1])]) == 3 * (6 * 68 + 19 * 8)
+    assert flops.ppo_update(size, [(1, 2)], epochs=4) == 3 * 4 * (2 * 252 + 40)
+
+
+def test_operations_grow_with_layers() -> None:
+    one, two = (flops.trunk(work.resized(TINY, layers=layers), 5, 15) for layers in (1, 2))
+    assert two == 2 * one
+
+
+def test_every_kind_has_its_operations(made: work.Work) -> None:
+    for name, kind in KINDS.items():
+        if kind.limited:
+            assert flops.of(name, made) > 0
+
+
+# The work.
+
+
+def test_lengths_have_their_quantiles_and_bounds() -> None:
+    """Four values of a lognormal with median e and sigma 1 stand at its 12.5, 37.5, 62.5 and 87.5 % quantiles."""
+    draw = work.random.Random(0)
+    found = sorted(work.Spread(2.71828, 1, 1000, sigma=1.0).lengths(4, draw))
+    assert found == [round(2.71828 ** (1 + z)) for z in (-1.1503, -0.3186, 0.3186, 1.1503)]
+    assert set(work.Spread(50, 40, 60, sigma=3.0).lengths(9, draw)) == {40, 50, 60}
+
+
+def test_the_policy_answers_as_long_as_the_prompt_asks(made: work.Work) -> None:
+    """By transformers' generate and by our sampler: every response ends where its prompt's last token says."""
+    wanted = [work.response_length(prompt, TINY) for prompt in made.prompts]
+    assert len(set(wanted)) > 4
+    prompts = plain_ppo.left_padded(made.prompts)
+    policy = AutoModelForCausalLM.from_pretrained(made.policy)
+    ids = plain_ppo.generated(policy, prompts, TINY.response.high)[:, prompts.shape[1] :]
+    assert (ids != work.PAD).sum(1).tolist() == wanted
+    assert ours.prepare("rollout", "decode", made)().units == sum(wanted)
+
+
+def test_a_size_that_cannot_count_down_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="at least as many hidden"):
+        work.write(tmp_path, work.resized(TINY, hidden=8))
+
+
+def test_the_work_is_read_as_it_was_written(made: work.Work) -> None:
+    assert work.Work.read(made.folder) == made
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ours_and_the_plain_loop_do_the_same_amount(kind: str, made: work.Work) -> None:
+    setting = next(item for item in KINDS[kind].contenders if item.name == "ours").settings[0]
+    own, other = ours.prepare(kind, setting, made)(), plain.prepare(kind, "", made)()
+    assert own.units == other.units > 0
+    assert set(own.phases) == set(other.phases)
+    if kind == "ppo":
+        assert sum(own.phases.values()) == pytest.approx(own.seconds)
+
+
+def test_both_losses_of_the_plain_loop_are_ours(made: work.Work) -> None:
+    """Pairs are put the right way round: the better answer of scores 0, 2, 1 beats both others."""
+    better, worse = plain.ordered_pairs([[0, 2, 1]])
+    assert sorted(zip(better[0].tolist(), worse[0].tolist(), strict=True)) == [(1, 0), (1, 2), (2, 0)]
+
+
+def test_a_value_and_a_policy_at_their_start_have_the_loss_of_their_errors() -> None:
+    """Ratio 1: the policy loss is minus the mean advantage; the value loss half the weighted mean square."""
+    one = torch.zeros(1, 2)
+    episodes = plain_ppo.Episodes(
+        ids=torch.zeros(1, 3, dtype=torch.long), prompt=1, mask=torch.tensor([[True, True]]), logprobs=one,
+        values=one, advantages=torch.tensor([[1.0, 3.0]]), returns=torch.tensor([[2.0, 0.0]]),
+    )  # fmt: skip
+    assert float(plain_ppo.objective(one, one, episodes)) == pytest.approx(-2.0 + 0.5 * work.VALUE_COEF * 2.0)
+
+
+def test_growing_changes_one_thing_at_a_time() -> None:
+    axes = growth.axes(work.SIZES["15m"])
+    assert list(axes["vocabulary"]) == [1024, 8192, 32768, 65536]
+    assert {point["examples"] * length for length, point in axes["tokens an example"].items()} == {2048}
+    assert ours.grow(TINY, examples=2, vocab=64).units > 0
+
+
+# The line to a worker.
+
+
+def test_a_worker_answers_each_request_with_one_line(made: work.Work) -> None:
+    shared = {"module": "tools.benchmark.plain", "setting": "", "work": str(made.folder), "threads": 1}
+    requests = [{"do": "prepare", "kind": "sft", **shared}, {"do": "turn", "arguments": {}}, {"do": "end"}]
+    answers = io.StringIO()
+    worker.serve(io.StringIO("".join(json.dumps(request) + "\n" for request in requests)), answers)
+    prepared, measured, ended = (json.loads(line) for line in answers.getvalue().splitlines())
+    assert prepared["versions"]["torch"] and ended["memory"] >= prepared["memory"] > 0
+    turn = Turn(**measured)
+    assert turn.units == sum(len(row["prompt"]) + len(row["response"]) for row in made.demonstrations)
+    assert turn.rate == turn.units / turn.seconds
+
+
+def test_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.platform", "linux")
+    assert peak_bytes(3) == 3072
+    monkeypatch.setattr("sys.platform", "darwin")
+    assert peak_bytes(3) == 3
+
+
+def test_the_end_of_a_log_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("\n".join(map(str, range(20))))
+    assert tail(tmp_path / "log").split() == [str(number) for number in range(12, 20)]
+
+
+def test_an_environment_that_pip_cannot_make_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(venvs.sys, "executable", "false")
+    with pytest.raises(BenchmarkError, match=r"trl==0: .*exit code 1(.|\n)*--against plain"):
+        venvs.python(tmp_path, "trl==0")
+
+
+# Tables.
+
+
+def contender(seconds: list[float], units: float = 60.0, **more: Any) -> dict[str, Any]:
+    """What a run keeps of a contender."""
+    turns = [{"seconds": taken, "units": units, "phases": {}} for taken in seconds]
+    return {"setting": "", "trials": {}, "turns": turns, "base": 1e6, "peak": 11e6, "versions": {}, "flops": 40, **more}
+
+
+@pytest.fixture
+def found() -> dict[str, Any]:
+    """A run of SFT: ours takes 2 s a turn, TRL 6 s; 40 operations in 2 s of a machine that makes 25 a second."""
+    contenders = {
+        "ours": contender([2.0, 2.0, 2.0]),
+        "TRL": contender([6.0, 6.0, 6.0], setting="packed", trials={"packed": 10.0}),
+    }
+    kind = {
+        "contenders": contenders,
+        "left_out": {"plain loop": "why not\nmore"},
+        "limits": {"blocks": [25.0] * 3, "head": [20.0] * 3},
+    }  # fmt: skip
+    made = {
+        "date": "2025-01-01", "commit": "abc", "cpu": "A CPU", "cores": 2, "threads": 2, "versions": {"torch": "2"}
+    }  # fmt: skip
+    growth = {"vocabulary": {"sizes": [8, 16], "rates": [[1000.0, 3000.0], [500.0]]}}
+    limits = {"blocks": [2e9], "head": [1e9], "copy": [3e9]}
+    return {
+        "made": made, "kinds": {"sft": kind}, "limits": limits, "growth": growth, "failed": {},
+        "scaling": {"1": [100.0] * 3, "2": [190.0] * 3},
+    }  # fmt: skip
+
+
+def test_tables_say_what_was_found(found: dict[str, Any]) -> None:
+    shown = page.tables(found)
+    assert "| SFT | ours | 30 tokens/s |  | 80% | 10 |" in shown
+    assert "|  | TRL (packed) | 10 tokens/s | 3.00 × | 27% | 10 |" in shown
+    assert "2 GFLOP/s in products of the blocks' shape, 1 in those" in shown and "3.0 GB/s" in shown
+    assert "100 tokens/s by one process, 190 by two: 1.90 ×, of 2 at best" in shown
+    assert "| vocabulary | 8: 2,000 | 16: 500 |" in shown
+    assert "Left out: plain loop at SFT: why not\n" in shown
+
+
+def test_phases_have_a_table_of_their_own(found: dict[str, Any]) -> None:
+    turns = [{"seconds": 6.0, "units": 3, "phases": {"rollout": 1.0, "scoring": 2.0, "update": 4.0}}]
+    own = found["kinds"]["sft"]["contenders"]["ours"]
+    found["kinds"] = {
+        "ppo": {**found["kinds"]["sft"], "contenders": {"ours": {**own, "turns": turns}}, "limits": {"head": [20.0]}}
+    }
+    shown = page.tables(found)
+    assert "| PPO, seconds a rollout | rollout | scoring | update |" in shown and "| ours | 1 | 2 | 4 |" in shown
+    assert "| PPO | ours | 0.5 episodes/s |  | 50% | 10 |" in shown  # 40 operations in the update's 4 s
+
+
+@pytest.mark.parametrize(
+    ("value", "shown"), [(0.12345, "0.123"), (1.5, "1.5"), (99.96, "100"), (123.4, "123"), (12345.6, "12,300")]
+)
+def test_numbers_have_three_digits(value: float, shown: str) -> None:
+    assert page.significant(value) == shown
+
+
+def test_a_page_keeps_what_stands_around_the_tables(tmp_path: Path, found: dict[str, Any]) -> None:
+    path = tmp_path / "page.md"
+    path.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nbehind\n")
+    page.write(path, found)
+    text = path.read_text()
+    assert text.startswith("before\n") and text.endswith("behind\n") and "old" not in text and "30 tokens/s" in text
+    path.write_text("no place for them")
+    with pytest.raises(BenchmarkError, match="expected both"):
+        page.write(path, found)
+
+
+def test_a_run_can_be_reported_again(tmp_path: Path, found: dict[str, Any]) -> None:
+    (tmp_path / "performance.json").write_text(json.dumps(found))
+    assert command.main(["--report-only", "--out", str(tmp_path)]) == 1  # something had been left out
+    assert "30 tokens/s" in (tmp_path / "performance.md").read_text()
+    assert (tmp_path / "performance.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        (["--only", "sft,grpo"], "--only: got 'sft,grpo', expected names of sft, reward4"),
+        (["--against", ""], "--against: got '', expected names of plain, trl"),
+        (["--report-only"], "performance.json is not there; run without it first"),
+    ],
+)
+def test_mistakes_are_told(arguments: list[str], what: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main([*arguments, "--out", str(tmp_path / "none")]) == 2
+    assert what in " ".join(capsys.readouterr().err.split())

@@ -1,0 +1,168 @@
+"""`python -m tools.benchmark`: the same work by align, by TRL and by a loop written by hand, measured in turns.
+
+Writes all numbers (performance.json), a picture (performance.png) and tables (performance.md). Environments with TRL
+are made on the way; without a network, or without TRL, `--against plain` compares with the loop alone.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import subprocess
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from transformers import logging
+
+from align.atomic import write_text
+from tools.benchmark import growth, measure, page, pictures, work
+from tools.benchmark.kinds import ALL, GROWTH, KINDS, OURS, PLAIN, SCALING, TRL
+from tools.benchmark.protocol import ROOT, BenchmarkError
+
+OUT = Path("docs")
+RUNS = Path("runs/benchmark")
+PACKAGES = ("torch", "transformers", "lightning")
+
+console = Console(stderr=True, highlight=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measures what the arguments name; returns the exit code: 1 where something was left out, 2 where it cannot be."""
+    parser = _parser()
+    options = parser.parse_args(argv)
+    try:
+        only = _names("--only", options.only, ALL)
+        families = _names("--against", options.against, (PLAIN, TRL))
+        found = _read(options.out) if options.report_only else _measured(options, only, families)
+        page.write(options.out / "performance.md", found)
+    except BenchmarkError as error:
+        console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
+        return 2
+    pictures.draw(options.out / "performance.png", found)
+    console.print(page.tables(found), markup=False, soft_wrap=True)
+    left_out = [name for kind in found["kinds"].values() for name in kind["left_out"]] + list(found["failed"])
+    if left_out:
+        console.print(f"left out: {', '.join(dict.fromkeys(left_out))}; see above, and performance.json for why")
+    return 1 if left_out else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m tools.benchmark",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--only", default=",".join(ALL), help=f"what to measure, of {','.join(ALL)}")
+    parser.add_argument("--against", default=f"{PLAIN},{TRL}", help=f"whom to compare with, of {PLAIN},{TRL}")
+    parser.add_argument("--turns", type=_positive, help="turns of each contender that count (default: 5, of PPO 3)")
+    parser.add_argument(
+        "--threads", type=_positive, default=growth.cores(), help="of each contender (default: all cores)"
+    )
+    parser.add_argument("--size", choices=list(work.SIZES), default="15m", help="of models and data (default: 15m)")
+    parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the results (default: {OUT})")
+    parser.add_argument("--runs", type=Path, default=RUNS, help=f"folder of models, data and logs (default: {RUNS})")
+    parser.add_argument("--venvs", type=Path, help="folder of environments with TRL (default: venvs in that of --runs)")
+    parser.add_argument("--report-only", action="store_true", help="tables and picture again, from performance.json")
+    return parser
+
+
+def _measured(options: argparse.Namespace, only: list[str], families: list[str]) -> dict[str, Any]:
+    """Measures, and writes performance.json after every kind of work."""
+    out, runs = options.out, options.runs.absolute()
+    out.mkdir(parents=True, exist_ok=True)
+    logging.disable_progress_bar()
+    with console.status("making models and data") as status, ExitStack() as stack:
+        setup = measure.Setup(
+            work=work.write(runs / "work" / options.size, work.SIZES[options.size]),
+            logs=runs / "logs",
+            environments=(options.venvs or runs / "venvs").absolute(),
+            threads=options.threads,
+            turns=options.turns,
+            families=(OURS, *families),
+        )
+        found: dict[str, Any] = {"made": _made(options), "kinds": {}, "failed": {}, "limits": {}}
+        bench = stack.enter_context(closing(measure.bench(setup)))
+        for name in only:
+            begun = datetime.datetime.now()
+            try:
+                if name in KINDS:
+                    found["kinds"][name] = measure.compare(name, KINDS[name], setup, bench, status.update)
+                else:
+                    found[name] = {GROWTH: growth.grow, SCALING: growth.scale}[name](setup, status.update)
+            except BenchmarkError as error:
+                found["failed"][name] = str(error)
+            for what, rates in measure.limits(bench).items():
+                found["limits"].setdefault(what, []).extend(rates)
+            _say_what_is_missing(name, found)
+            write_text(out / "performance.json", json.dumps(found, indent=1) + "\n")
+            console.print(f"{name}: done in {(datetime.datetime.now() - begun).total_seconds():.0f} s")
+    return found
+
+
+def _say_what_is_missing(name: str, found: dict[str, Any]) -> None:
+    missing = dict(found["kinds"].get(name, {}).get("left_out", {}))
+    if name in found["failed"]:
+        missing[name] = found["failed"][name]
+    for who, why in missing.items():
+        console.print(
+            f"{name}: {who} is left out, the others go on. {why}", markup=False, style="yellow", soft_wrap=True
+        )
+
+
+def _made(options: argparse.Namespace) -> dict[str, Any]:
+    """When, where and with what."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "commit": _commit(),
+        "cpu": _cpu(),
+        "cores": growth.cores(),
+        "threads": options.threads,
+        "size": options.size,
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in PACKAGES},
+    }
+
+
+def _commit() -> str:
+    """The commit, with a plus sign where files differ from it."""
+    found = subprocess.run(
+        ["git", "describe", "--always", "--abbrev=8", "--dirty=+"], cwd=ROOT, capture_output=True, text=True
+    )
+    return found.stdout.strip() or "unknown"
+
+
+def _cpu() -> str:
+    """Its name, where the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _read(out: Path) -> dict[str, Any]:
+    path = out / "performance.json"
+    if not path.exists():
+        raise BenchmarkError(
+            f"--report-only: {path} is not there; run without it first, or name another folder by --out"
+        )
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _names(flag: str, given: str, known: Sequence[str]) -> list[str]:
+    """A list with commas; each name once."""
+    names = [name.strip() for name in given.split(",") if name.strip()]
+    unknown = [name for name in names if name not in known]
+    if unknown or not names:
+        raise BenchmarkError(f"{flag}: got {given!r}, expected names of {', '.join(known)}, with commas between them")
+    return [name for name in known if name in names]
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {value}, expected at least 1")
+    return value

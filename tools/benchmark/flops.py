@@ -1,0 +1,68 @@
+"""How many floating-point operations a piece of work needs, whoever does it: no padding, nothing computed twice.
+
+A product of a (m, k) and a (k, n) matrix counts 2mkn. Backward passes count twice their forward pass. Elementwise
+operations, softmax and the optimizer are left out: they are few, and no peak of matrix products applies to them.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from tools.benchmark.work import Size, Work, response_length
+
+TRAINING = 3
+"""Forward and backward pass, in forward passes."""
+
+
+def trunk(size: Size, tokens: int, attended: int) -> int:
+    """A forward pass through all blocks.
+
+    Args:
+        size: The model's shape.
+        tokens: How many pass.
+        attended: Pairs of a token and one that it attends to, itself included.
+    """
+    weights = 4 * size.hidden**2 + 3 * size.hidden * size.inner
+    return size.layers * (2 * weights * tokens + 4 * size.hidden * attended)
+
+
+def head(size: Size, tokens: int) -> int:
+    """The logits of so many tokens."""
+    return 2 * size.hidden * size.vocab * tokens
+
+
+def causal(own: int, before: int = 0) -> int:
+    """Pairs of so many tokens, each with those before it and itself; `before` more stand before all of them."""
+    return own * before + own * (own + 1) // 2
+
+
+def sft(size: Size, lengths: Iterable[tuple[int, int]]) -> int:
+    """One pass of learning over demonstrations of (prompt, response) tokens; logits of the response only."""
+    return TRAINING * sum(
+        trunk(size, prompt + own, causal(prompt + own)) + head(size, own) for prompt, own in lengths
+    )  # fmt: skip
+
+
+def reward(size: Size, comparisons: Iterable[tuple[int, Sequence[int]]]) -> int:
+    """One pass of learning over (prompt, answers) tokens: every prompt once for all of its answers."""
+    return TRAINING * sum(
+        trunk(size, prompt, causal(prompt)) + sum(trunk(size, own, causal(own, prompt)) for own in answers)
+        for prompt, answers in comparisons
+    )  # fmt: skip
+
+
+def ppo_update(size: Size, episodes: Iterable[tuple[int, int]], epochs: int, networks: int = 2) -> int:
+    """So many epochs over episodes of (prompt, response) tokens; two networks: a policy and a value network."""
+    one_epoch = sum(
+        networks * trunk(size, prompt + own, causal(prompt + own)) + head(size, own) for prompt, own in episodes
+    )  # fmt: skip
+    return TRAINING * epochs * one_epoch
+
+
+def of(kind: str, work: Work, networks: int = 2) -> int:
+    """What one turn of a kind of work needs; of PPO, only its updates of so many networks."""
+    if kind == "sft":
+        return sft(work.size, [(len(row["prompt"]), len(row["response"])) for row in work.demonstrations])
+    if kind == "ppo":
+        episodes = [(len(prompt), response_length(prompt, work.size)) for prompt in work.episodes]
+        return ppo_update(work.size, episodes, work.size.epochs, networks)
+    rows = work.comparisons[int(kind.removeprefix("reward"))]
+    return reward(work.size, [(len(row["prompt"]), [len(answer) for answer in row["responses"]]) for row in rows])

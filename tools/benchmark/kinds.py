@@ -1,0 +1,113 @@
+"""The kinds of work, and who does them: which module in which environment, with which settings to choose from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+OURS, PLAIN, TRL = "ours", "plain", "trl"
+"""Families of contenders; `--against` names some of the last two."""
+
+CURRENT_TRL, PPO_TRL = "trl==1.16.0", "trl==1.12.0"
+"""The current release, and the last one that has a PPO trainer."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Who does a kind of work.
+
+    Attributes:
+        name: As tables call it.
+        family: `OURS`, `PLAIN` or `TRL`.
+        module: In this package; its `prepare` loads what is needed.
+        settings: What `prepare` may be told; the fastest of several is taken.
+        requirement: What its environment has beside this one's packages; None: nothing.
+        networks: That learn in PPO.
+    """
+
+    name: str
+    family: str
+    module: str
+    settings: tuple[str, ...] = ("",)
+    requirement: str | None = None
+    networks: int = 2
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of work.
+
+    Attributes:
+        title: As tables call it.
+        unit: What is counted, in a second.
+        contenders: The first is compared with each of the others.
+        turns: That count, one after the other; a run with `--turns` has another number.
+        limited: Whether its floating-point operations are known, and compared with what the machine can do.
+    """
+
+    title: str
+    unit: str
+    contenders: tuple[Contender, ...]
+    turns: int
+    limited: bool = True
+
+
+def _compared(count: int) -> Kind:
+    return Kind(
+        title=f"reward model, {count} answers a prompt",
+        unit="pairs/s",
+        contenders=(
+            Contender("ours", OURS, "ours"),
+            Contender("plain loop", PLAIN, "plain"),
+            Contender("TRL", TRL, "trl_trainers", ("defaults", "all at once"), CURRENT_TRL),
+        ),
+        turns=5,
+    )
+
+
+KINDS: Mapping[str, Kind] = {
+    "sft": Kind(
+        title="SFT",
+        unit="tokens/s",
+        contenders=(
+            Contender("ours", OURS, "ours"),
+            Contender("plain loop", PLAIN, "plain"),
+            Contender("TRL", TRL, "trl_trainers", ("defaults",), CURRENT_TRL),
+            Contender(
+                "TRL, tuned",
+                TRL,
+                "trl_trainers",
+                ("all at once", "grouped by length", "padding-free", "packed"),
+                CURRENT_TRL,
+            ),
+        ),
+        turns=5,
+    ),
+    "reward4": _compared(4),
+    "reward9": _compared(9),
+    "rollout": Kind(
+        title="rollout",
+        unit="response tokens/s",
+        contenders=(
+            Contender("ours", OURS, "ours", ("decode",)),
+            Contender("ours, by generate", OURS, "ours", ("generate",)),
+            Contender("plain loop", PLAIN, "plain"),
+        ),
+        turns=5,
+        limited=False,
+    ),
+    "ppo": Kind(
+        title="PPO",
+        unit="episodes/s",
+        contenders=(
+            Contender("ours", OURS, "ours", ("separate networks",)),
+            Contender("ours, one trunk", OURS, "ours", ("one trunk",), networks=1),
+            Contender("plain loop", PLAIN, "plain"),
+            Contender("TRL", TRL, "trl_ppo", ("defaults", "all at once"), PPO_TRL),
+        ),
+        turns=3,
+    ),
+}
+
+GROWTH, SCALING = "growth", "scaling"
+"""What is measured of ours alone: speed over sizes, and over processes."""
+
+ALL = (*KINDS, GROWTH, SCALING)

@@ -1,0 +1,66 @@
+"""What the machine can do at most: products of matrices of the shapes that the work consists of, and copies of memory.
+
+A turn of it stands between the turns of the contenders, so that limit and work see the same machine.
+"""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from tools.benchmark.protocol import Turn
+from tools.benchmark.work import Work
+
+ROWS = 2048
+"""Tokens of a product."""
+
+SECONDS = 0.3
+"""A turn repeats its product or copy for so long."""
+
+COPIED = 2**28
+"""Bytes of a copy: far more than caches hold."""
+
+BLOCKS, HEAD, COPY = "blocks", "head", "copy"
+"""What can be measured: tokens times a matrix of the blocks; times the output matrix; a copy."""
+
+
+def prepare(kind: str, setting: str, work: Work) -> Callable[..., Turn]:
+    """Makes the matrices; the result measures `what` it is asked for: `BLOCKS`, `HEAD` or `COPY`.
+
+    Args:
+        kind: The work whose limit it is; its shapes are those of all.
+        setting: There is only one.
+        work: The common work.
+    """
+    size = work.size
+    tokens = torch.randn(ROWS, size.hidden)
+    weights = {BLOCKS: torch.randn(size.hidden, size.inner), HEAD: torch.randn(size.hidden, size.vocab)}
+    source = torch.ones(COPIED // 4)
+    target = torch.empty_like(source)
+
+    def turn(what: str) -> Turn:
+        """Units are floating-point operations; of a copy, bytes read and written."""
+        if what == COPY:
+            return repeated(lambda: target.copy_(source), 2 * COPIED)
+        matrix = weights[what]
+        out = torch.empty(ROWS, matrix.shape[1])
+        return repeated(lambda: torch.mm(tokens, matrix, out=out), 2 * ROWS * matrix.numel())
+
+    return turn
+
+
+def repeated(work: Callable[[], object], units: int, seconds: float = SECONDS) -> Turn:
+    """Does something again and again.
+
+    Args:
+        work: What is done.
+        units: How much that is.
+        seconds: For so long, at least.
+    """
+    work()
+    start, count = time.perf_counter(), 0
+    while (taken := time.perf_counter() - start) < seconds or not count:
+        work()
+        count += 1
+        taken = time.perf_counter() - start
+    return Turn(taken, units * count)

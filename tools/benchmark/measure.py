@@ -1,0 +1,175 @@
+"""Lets contenders take turns at a kind of work, each in a process that waits while others compute."""
+
+import sys
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tools.benchmark import flops, machine, venvs
+from tools.benchmark.kinds import Contender, Kind
+from tools.benchmark.protocol import BenchmarkError, Worker
+from tools.benchmark.work import Work
+
+LONG = 10.0
+"""Seconds of a first turn that say enough of a setting; after a shorter one, a second turn decides."""
+
+LIMITS = (machine.BLOCKS, machine.HEAD)
+LIMIT_TURNS = 2
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Of the whole run.
+
+    Attributes:
+        work: The common work.
+        logs: Folder for what workers print.
+        environments: Folder of the environments of contenders that need one.
+        threads: Of each worker.
+        turns: Instead of a kind's own number.
+        families: Of contenders that take part.
+    """
+
+    work: Work
+    logs: Path
+    environments: Path
+    threads: int
+    turns: int | None
+    families: Collection[str]
+
+    def worker(self, name: str, interpreter: str | Path = sys.executable) -> Worker:
+        """Starts one; its log bears the name."""
+        return Worker(interpreter, self.logs / f"{name.replace(' ', '-').replace(',', '')}.log", self.threads)
+
+    def prepare(self, worker: Worker, module: str, kind: str, setting: str) -> None:
+        """Asks for preparation; `worker.receive` waits until it is done."""
+        worker.send(
+            do="prepare",
+            module=f"tools.benchmark.{module}",
+            kind=kind,
+            setting=setting,
+            work=str(self.work.folder),
+            threads=self.threads,
+        )
+
+
+def compare(name: str, kind: Kind, setup: Setup, bench: Worker, say: Say) -> dict[str, Any]:
+    """Measures a kind of work.
+
+    Args:
+        name: Of the kind.
+        kind: What it is.
+        setup: Of the run.
+        bench: See there.
+        say: Is told what happens.
+
+    Returns:
+        `contenders`: name -> setting, turns, bytes of memory before (`base`) and at most (`peak`), versions, what was
+        found of each setting that was tried, and operations that one turn needs (`flops`). `left_out`: name -> why.
+        `limits`: operations a second of products of matrices, one number a turn.
+
+    Raises:
+        BenchmarkError: The first contender has failed, with which the others are compared.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    left_out: dict[str, str] = {}
+    limits: dict[str, list[float]] = {what: [] for what in LIMITS}
+    running: dict[str, Worker] = {}
+    with ExitStack() as stack:
+        for contender in (item for item in kind.contenders if item.family in setup.families):
+            try:
+                interpreter = _interpreter(contender, setup, say)
+                setting, trials = _setting(name, contender, setup, interpreter, say)
+            except BenchmarkError as error:
+                left_out[contender.name] = str(error)
+                continue
+            worker = stack.enter_context(closing(setup.worker(f"{name}-{contender.name}", interpreter)))
+            setup.prepare(worker, contender.module, name, setting)
+            running[contender.name] = worker
+            found[contender.name] = {"setting": setting, "trials": trials, "turns": []}
+            if kind.limited:
+                found[contender.name]["flops"] = flops.of(name, setup.work, contender.networks)
+        _each(running, left_out, lambda own, worker: found[own].update(_begun(worker.receive())))
+        for number in range((setup.turns or kind.turns) + 1):
+            if kind.limited:
+                for what in limits:
+                    limits[what].append(bench.turn(what=what).rate)
+
+            def measured(own: str, worker: Worker, number: int = number) -> None:
+                say(f"{kind.title}: {own}, {f'turn {number}' if number else 'warming up'}")
+                found[own]["turns"].append(worker.turn().asdict())
+
+            _each(running, left_out, measured)
+        _each(running, left_out, lambda own, worker: found[own].update(peak=worker.ask(do="end")["memory"]))
+    first = kind.contenders[0].name
+    if first not in running:
+        raise BenchmarkError(f"{first}, with which all are compared: {left_out[first]}")
+    for own in found.values():
+        own["turns"] = own["turns"][1:]
+    result: dict[str, Any] = {
+        "contenders": {own: item for own, item in found.items() if own in running}, "left_out": left_out
+    }  # fmt: skip
+    if kind.limited:
+        result["limits"] = {what: rates[1:] for what, rates in limits.items()}
+    return result
+
+
+def bench(setup: Setup) -> Worker:
+    """A worker that measures the machine's limits; it is prepared while others are."""
+    worker = setup.worker("machine")
+    setup.prepare(worker, "machine", "", "")
+    return worker
+
+
+def limits(bench: Worker) -> dict[str, list[float]]:
+    """What the machine can do: operations a second of both products, and bytes a second of a copy."""
+    every = (*LIMITS, machine.COPY)
+    return {what: [bench.turn(what=what).rate for _ in range(LIMIT_TURNS)] for what in every}
+
+
+def _interpreter(contender: Contender, setup: Setup, say: Say) -> str | Path:
+    if contender.requirement is None:
+        return sys.executable
+    say(f"an environment with {contender.requirement}")
+    return venvs.python(setup.environments, contender.requirement)
+
+
+def _setting(
+    name: str, contender: Contender, setup: Setup, interpreter: str | Path, say: Say
+) -> tuple[str, dict[str, Any]]:
+    """The fastest of a contender's settings, and what was found of each: its rate, or why it does not run."""
+    if len(contender.settings) == 1:
+        return contender.settings[0], {}
+    found: dict[str, Any] = {}
+    for setting in contender.settings:
+        say(f"{name}: {contender.name}, trying '{setting}'")
+        with closing(setup.worker(f"{name}-{contender.name}-{setting}", interpreter)) as worker:
+            try:
+                setup.prepare(worker, contender.module, name, setting)
+                worker.receive()
+                turn = worker.turn()
+                found[setting] = (turn if turn.seconds > LONG else worker.turn()).rate
+            except BenchmarkError as error:
+                found[setting] = str(error)
+    rates = {setting: rate for setting, rate in found.items() if isinstance(rate, float)}
+    if not rates:
+        raise BenchmarkError("; ".join(f"{setting}: {error}" for setting, error in found.items()))
+    return max(rates, key=lambda setting: rates[setting]), found
+
+
+def _begun(answer: dict[str, Any]) -> dict[str, Any]:
+    return {"base": answer["memory"], "versions": answer["versions"]}
+
+
+def _each(running: dict[str, Worker], left_out: dict[str, str], do: Callable[[str, Worker], None]) -> None:
+    """Does something with every worker, and leaves out those that have died."""
+    for name, worker in list(running.items()):
+        try:
+            do(name, worker)
+        except BenchmarkError as error:
+            left_out[name] = str(error)
+            del running[name]

@@ -1,0 +1,145 @@
+"""The results as tables, and where they go: between the markers of docs/performance.md."""
+
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from align.atomic import write_text
+from align.bootstrap import Interval
+from tools.benchmark import results
+from tools.benchmark.kinds import KINDS
+from tools.benchmark.protocol import BenchmarkError
+
+BEGIN, END = "<!-- results -->", "<!-- /results -->"
+NEW = f"# Performance\n\n{BEGIN}\n{END}\n"
+"""A page where there is none."""
+
+MB, GIGA = 1e6, 1e9
+
+
+def write(path: Path, found: Mapping[str, Any]) -> None:
+    """Puts the tables between the markers of a page, or makes a page of them.
+
+    Raises:
+        BenchmarkError: The page has no markers.
+    """
+    text = path.read_text(encoding="utf-8") if path.exists() else NEW
+    before, begin, rest = text.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise BenchmarkError(
+            f"{path}: got no {BEGIN} with {END} behind it, expected both; add them where the tables shall be"
+        )
+    write_text(path, f"{before}{BEGIN}\n{tables(found)}{END}{after}")
+
+
+def tables(found: Mapping[str, Any]) -> str:
+    """All tables of a run, in Markdown."""
+    parts = [_heading(found)]
+    kinds = {name: found["kinds"][name] for name in KINDS if found["kinds"].get(name, {}).get("contenders")}
+    if kinds:
+        parts.append("\n".join(_speeds(kinds)))
+    if "ppo" in kinds:
+        parts.append("\n".join(_phases(kinds["ppo"])))
+    parts += [part for part in (_machine(found), _scaling(found), _growth(found), _left_out(found)) if part]
+    return "\n\n".join(parts) + "\n"
+
+
+def _heading(found: Mapping[str, Any]) -> str:
+    made = found["made"]
+    versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    return (
+        f"{made['date']}, commit {made['commit']}: {made['cpu']}, {made['threads']} threads of {made['cores']} cores, "
+        f"float32; {versions}. Medians of turns; in brackets 95 % intervals."
+    )
+
+
+def _speeds(kinds: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
+    yield "| work | who | speed | ours is faster by | share of the matrix limit | memory, MB |"
+    yield "|---|---|---:|---:|---:|---:|"
+    for name, kind in kinds.items():
+        ratios = results.speedups(kind)
+        for own, contender in kind["contenders"].items():
+            share = results.share_of_limit(kind, own)
+            cells = (
+                KINDS[name].title if own not in ratios else "",
+                own + _setting(contender),
+                f"{significant(median(results.rates(contender)))} {KINDS[name].unit}",
+                times(ratios[own]) if own in ratios else "",
+                f"{share.mean:.0%}" if share is not None else "",
+                f"{results.memory(contender) / MB:,.0f}",
+            )
+            yield f"| {' | '.join(cells)} |"
+
+
+def _setting(contender: Mapping[str, Any]) -> str:
+    """Which of several settings was the fastest."""
+    return f" ({contender['setting']})" if contender["trials"] else ""
+
+
+def _phases(kind: Mapping[str, Any]) -> Iterator[str]:
+    found = results.phases(kind)
+    names = list(next(iter(found.values())))
+    yield f"| PPO, seconds a rollout | {' | '.join(names)} |"
+    yield f"|---|{'---:|' * len(names)}"
+    for own, seconds in found.items():
+        yield f"| {own} | {' | '.join(significant(seconds[name]) for name in names)} |"
+
+
+def _machine(found: Mapping[str, Any]) -> str:
+    limits = found.get("limits")
+    if not limits:
+        return ""
+    blocks, head, copy = (median(limits[what]) / GIGA for what in ("blocks", "head", "copy"))
+    return (
+        f"The machine: {blocks:.0f} GFLOP/s in products of the blocks' shape, {head:.0f} in those of the output "
+        f"matrix; copies move {copy:.1f} GB/s."
+    )
+
+
+def _scaling(found: Mapping[str, Any]) -> str:
+    scaling = found.get("scaling")
+    if not scaling:
+        return ""
+    ratio = results.ratio_of_medians(scaling["2"], scaling["1"])
+    one, two = (significant(median(scaling[processes])) for processes in ("1", "2"))
+    return f"SFT with one thread a process: {one} tokens/s by one process, {two} by two: {times(ratio)}, of 2 at best."
+
+
+def _growth(found: Mapping[str, Any]) -> str:
+    growth = found.get("growth")
+    if not growth:
+        return ""
+    rows = [
+        [
+            axis,
+            *(f"{size:,}: {significant(median(own))}" for size, own in zip(item["sizes"], item["rates"], strict=True)),
+        ]
+        for axis, item in growth.items()
+    ]
+    width = max(len(row) for row in rows)
+    lines = [["SFT, tokens/s at", *[""] * (width - 1)], ["---", *["---:"] * (width - 1)], *rows]
+    return "\n".join(f"| {' | '.join([*row, *[''] * (width - len(row))])} |" for row in lines)
+
+
+def _left_out(found: Mapping[str, Any]) -> str:
+    lines = [
+        f"Left out: {name} at {KINDS[kind].title}: {why.splitlines()[0]}"
+        for kind, content in found["kinds"].items()
+        for name, why in content["left_out"].items()
+    ]
+    return "\n\n".join(lines)
+
+
+def times(ratio: Interval) -> str:
+    """A ratio with its interval: `1.84 × [1.80, 1.90]`."""
+    if ratio.low == ratio.high:
+        return f"{ratio.mean:.2f} ×"
+    return f"{ratio.mean:.2f} × [{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def significant(value: float, digits: int = 3) -> str:
+    """A number with so many digits that mean something, thousands apart."""
+    shown = f"{value:.{digits}g}"
+    return f"{float(shown):,.0f}" if value >= 10 ** (digits - 1) else shown

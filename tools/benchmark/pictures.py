@@ -1,0 +1,160 @@
+"""The results as one picture: who is how fast, where PPO's time goes, who needs how much memory, and what grows how."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import PercentFormatter
+
+from align.bootstrap import Interval
+from tools.benchmark import results
+from tools.benchmark.kinds import KINDS
+from tools.e2e.plots import INK, PALE, Draw, save
+
+COLOURS: Mapping[str, str] = {
+    "ours": "#1b8a6b", "ours, one trunk": "#7cc0aa", "ours, by generate": "#7cc0aa", "plain loop": "#9aa0a6",
+    "TRL": "#e08a1e", "TRL, tuned": "#b04a5a",
+}  # fmt: skip
+"""A contender's, the same in all panels."""
+
+PHASES = (1.0, 0.7, 0.4)
+"""Opacity of rollout, scoring and update."""
+
+ROOM = 1.25
+"""How far an axis reaches beyond what is drawn."""
+
+WIDTH, HEIGHT = 5.0, 3.6
+"""Of a panel, in inches."""
+
+
+def draw(path: Path, found: Mapping[str, Any]) -> None:
+    """Writes the picture; panels of what was not measured are left out."""
+    kinds = {name: found["kinds"][name] for name in KINDS if found["kinds"].get(name, {}).get("contenders")}
+    panels: list[Draw] = []
+    if kinds:
+        panels += [_ratios(kinds), _memory(kinds)]
+    if "ppo" in kinds:
+        panels.append(_phases(results.phases(kinds["ppo"])))
+    if any("limits" in kind for kind in kinds.values()):
+        panels.append(_shares(kinds))
+    growth = found.get("growth") or {}
+    panels += [_line(axis, points) for axis, points in growth.items()]
+    columns = 4 if len(panels) > 4 else max(1, len(panels))
+    panels += [_empty] * (-len(panels) % columns)
+    rows = [panels[start : start + columns] for start in range(0, len(panels), columns)]
+    save(path, rows, (WIDTH * columns, HEIGHT * len(rows)))
+
+
+def _ratios(kinds: Mapping[str, Mapping[str, Any]]) -> Draw:
+    found = {name: results.speedups(kind) for name, kind in kinds.items()}
+
+    def panel(axes: Axes) -> None:
+        _bars(axes, found, "{:.1f}")
+        axes.axhline(1.0, color=INK, linewidth=1)
+        axes.set_title("how many times as fast ours is")
+
+    return panel
+
+
+def _memory(kinds: Mapping[str, Mapping[str, Any]]) -> Draw:
+    found = {
+        name: {own: _exact(results.memory(item) / 1e9) for own, item in kind["contenders"].items()}
+        for name, kind in kinds.items()
+    }
+
+    def panel(axes: Axes) -> None:
+        _bars(axes, found, "{:.1f}")
+        axes.set_title("memory for models and work, GB")
+
+    return panel
+
+
+def _shares(kinds: Mapping[str, Mapping[str, Any]]) -> Draw:
+    every = {
+        name: {own: results.share_of_limit(kind, own) for own in kind["contenders"]} for name, kind in kinds.items()
+    }
+    found = {
+        name: {own: share for own, share in shares.items() if share is not None} for name, shares in every.items()
+    }  # fmt: skip
+
+    def panel(axes: Axes) -> None:
+        _bars(axes, {name: shares for name, shares in found.items() if shares}, "{:.0%}")
+        axes.set_title("learning: share of the matrix limit")
+        axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
+        axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
+
+    return panel
+
+
+def _bars(axes: Axes, found: Mapping[str, Mapping[str, Interval]], text: str) -> None:
+    """One group of bars a kind of work, one bar a contender, with its interval."""
+    width = 0.84 / max(len(own) for own in found.values())
+    for group, own in enumerate(found.values()):
+        for number, (name, value) in enumerate(own.items()):
+            place = group + (number - (len(own) - 1) / 2) * width
+            axes.bar(place, value.mean, width * 0.92, color=_colour(name))
+            if value.high > value.low:
+                spread = [[max(0.0, value.mean - value.low)], [max(0.0, value.high - value.mean)]]
+                axes.errorbar(place, value.mean, spread, color=INK, linewidth=1, capsize=2)
+            axes.annotate(
+                text.format(value.mean), (place, value.high), (0, 2), textcoords="offset points", ha="center",
+                va="bottom", fontsize=7,
+            )  # fmt: skip
+    present = {name for own in found.values() for name in own}
+    for name in (name for name in COLOURS if name in present):
+        axes.bar(0, 0, color=_colour(name), label=name)
+    axes.set_xticks(range(len(found)), list(found))
+    _leave_room(axes)
+    axes.legend(frameon=False, loc="upper left", fontsize=8, ncols=3, borderpad=0)
+
+
+def _leave_room(axes: Axes) -> None:
+    """For the legend above the bars."""
+    axes.set_ylim(0, ROOM * axes.get_ylim()[1])
+
+
+def _phases(found: Mapping[str, Mapping[str, float]]) -> Draw:
+    def panel(axes: Axes) -> None:
+        for place, (name, seconds) in enumerate(found.items()):
+            bottom = 0.0
+            for (phase, own), opacity in zip(seconds.items(), PHASES, strict=True):
+                axes.bar(place, own, 0.68, bottom=bottom, color=_colour(name), alpha=opacity)
+                bottom += own
+                if place == 0:
+                    axes.bar(0, 0, color=PALE, alpha=opacity, label=phase)
+            axes.annotate(f"{bottom:.1f}", (place, bottom), (0, 2), textcoords="offset points", ha="center")
+        axes.legend(frameon=False, loc="upper left", fontsize=8, ncols=3)
+        axes.set_xticks(range(len(found)), [name.replace(", ", ",\n") for name in found])
+        axes.set_title("PPO: seconds a rollout")
+        _leave_room(axes)
+
+    return panel
+
+
+def _line(axis: str, points: Mapping[str, Any]) -> Draw:
+    def panel(axes: Axes) -> None:
+        places = range(len(points["sizes"]))
+        for place, rates in zip(places, points["rates"], strict=True):
+            axes.plot([place] * len(rates), rates, "o", color=_colour("ours"), alpha=0.35, markersize=4)
+        axes.plot(places, [median(rates) for rates in points["rates"]], color=_colour("ours"), linewidth=2.2)
+        axes.set_xticks(places, [f"{size:,}" for size in points["sizes"]])
+        axes.set_ylim(bottom=0)
+        axes.set_title("SFT: tokens a second")
+        axes.set_xlabel(axis)
+
+    return panel
+
+
+def _empty(axes: Axes) -> None:
+    axes.set_axis_off()
+
+
+def _exact(value: float) -> Interval:
+    """A number without an interval."""
+    return Interval(value, value, value, 1)
+
+
+def _colour(name: str) -> str:
+    return COLOURS.get(name, "#5b4b8a")

@@ -1,0 +1,85 @@
+"""What the numbers of a run say: medians, ratios with intervals, shares of the machine's limit.
+
+Reads the content of `performance.json` as `tools.benchmark.command` writes it; measures nothing.
+"""
+
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+
+from align.bootstrap import LEVELS, Interval
+from tools.benchmark.protocol import Turn
+
+RESAMPLES = 10_000
+LEAST = 3
+"""Turns below which an interval would say nothing."""
+
+
+def turns(contender: Mapping[str, Any]) -> list[Turn]:
+    """A contender's turns that count."""
+    return [Turn(**turn) for turn in contender["turns"]]
+
+
+def rates(contender: Mapping[str, Any]) -> list[float]:
+    """Units a second of every turn."""
+    return [turn.rate for turn in turns(contender)]
+
+
+def ratio_of_medians(above: Sequence[float], below: Sequence[float], resamples: int = RESAMPLES) -> Interval:
+    """The ratio of two medians, with a 95 % interval by the bootstrap.
+
+    Turns are drawn with replacement, the same for both, as those of one number stood side by side.
+
+    Args:
+        above: One number a turn.
+        below: Likewise.
+        resamples: How often to draw as many turns as there are.
+
+    Returns:
+        The interval; as wide as the ratio alone where there are fewer than `LEAST` turns. `n` is the number of turns.
+    """
+    own, other = torch.tensor(above, dtype=torch.float64), torch.tensor(below, dtype=torch.float64)
+    assert len(own) == len(other) > 0, "turns are paired"
+    ratio = float(median(above) / median(below))
+    if len(own) < LEAST:
+        return Interval(ratio, ratio, ratio, len(own))
+    drawn = torch.randint(len(own), (resamples, len(own)), generator=torch.Generator().manual_seed(0))
+    found = own[drawn].quantile(0.5, dim=1) / other[drawn].quantile(0.5, dim=1)
+    low, high = found.quantile(torch.tensor(LEVELS, dtype=torch.float64)).tolist()
+    return Interval(ratio, low, high, len(own))
+
+
+def speedups(kind: Mapping[str, Any]) -> dict[str, Interval]:
+    """How many times as fast the first contender is as each of the others."""
+    first, *others = kind["contenders"].items()
+    own = rates(first[1])
+    return {name: ratio_of_medians(own, rates(other)) for name, other in others}
+
+
+def share_of_limit(kind: Mapping[str, Any], name: str) -> Interval | None:
+    """Operations that the work needs, a second, as a share of what products of matrices reach in the same turns.
+
+    Of PPO it is the update's share. None where operations are not counted.
+    """
+    contender = kind["contenders"][name]
+    if "flops" not in contender:
+        return None
+    limit = max(kind["limits"].values(), key=median)
+    seconds = [turn.phases.get("update", turn.seconds) for turn in turns(contender)]
+    return ratio_of_medians([contender["flops"] / taken for taken in seconds], limit)
+
+
+def phases(kind: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Contender -> median seconds of each phase of a turn."""
+    found: dict[str, dict[str, float]] = {}
+    for name, contender in kind["contenders"].items():
+        own = turns(contender)
+        found[name] = {phase: median(turn.phases[phase] for turn in own) for phase in own[0].phases}
+    return found
+
+
+def memory(contender: Mapping[str, Any]) -> float:
+    """Bytes that a contender's process needed at most, beyond what it had before it loaded a model."""
+    return contender["peak"] - contender["base"]
