@@ -197,7 +197,7 @@ def final_scores_sharing(
     """
     if not shares_prompts(model.hf, ids.device):
         return final_scores(model, ids, lengths)
-    laid_out = shared.share(ids, lengths, prompt_index)
+    laid_out = shared.share(ids, lengths, prompt_index, apart=ids.device.type == "cpu")
     return sharding.run(model.hf, lambda hf: _scalar(model, _shared_hidden(hf, laid_out)[laid_out.last]))
 
 
@@ -254,7 +254,7 @@ def shares_prompts(model: PreTrainedModel, device: torch.device) -> bool:
 def _shares(model: PreTrainedModel, device: torch.device) -> bool:
     ids = torch.tensor([[1, 2, 3, 0, 0], [1, 2, 0, 3, 1], [2, 3, 1, 0, 0]], device=device)
     lengths, prompts = torch.tensor([3, 5, 4], device=device), torch.tensor([0, 0, 1], device=device)
-    laid_out = shared.share(ids, lengths, prompts)
+    laid_out = shared.share(ids, lengths, prompts, apart=True)
     with torch.no_grad(), evaluating(model), sharding.gathered(model):
         apart = sharding.run(model, _hidden, ids)[torch.arange(3, device=device), lengths - 1].float()
         try:

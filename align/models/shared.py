@@ -12,26 +12,42 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class SharedPrompts:
-    """Sequences without their common beginnings, and who attends to whom.
+class Part:
+    """Some prompts with their sequences, whose attention is computed at once.
 
-    Axes: `tokens`, all that are computed; `prompts`; `width`, the most tokens of a prompt and its answers.
+    Axes: `prompts`; `common`, the most tokens that sequences of one prompt begin with alike; `sequences`; `own`, the
+    most that one has besides; `seen`, both together. Places are filled up with those of any token.
     """
+
+    beginnings: Int[Tensor, "prompts common"]
+    """Which tokens sequences of a prompt begin with."""
+    own: Int[Tensor, "sequences own"]
+    """Which tokens a sequence has of its own."""
+    seen: Int[Tensor, "sequences seen"]
+    """The tokens of both kinds in a sequence."""
+    mask: Bool[Tensor, "sequences one own seen"]
+    """True: the first attends to the second."""
+
+
+@dataclass(frozen=True)
+class SharedPrompts:
+    """Sequences without their common beginnings, and who attends to whom. Axes: `tokens`, all that are computed."""
 
     ids: Int[Tensor, "one tokens"]
     positions: Int[Tensor, "one tokens"]
-    place: Int[Tensor, "prompts width"]
-    """Which tokens a prompt and its answers are; filled up with any."""
+    parts: tuple[Part, ...]
     back: Int[Tensor, " tokens"]
-    """Where each token is in `place`, flattened."""
-    mask: Bool[Tensor, "prompts one width width"]
-    """True: the first attends to the second."""
+    """Where each token is in the parts' `beginnings` and `own`, one behind the other, flattened."""
     last: Int[Tensor, " batch"]
     """The last token of each sequence."""
 
 
 def share(
-    ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"], prompt_index: Int[Tensor, " batch"]
+    ids: Int[Tensor, "batch time"],
+    lengths: Int[Tensor, " batch"],
+    prompt_index: Int[Tensor, " batch"],
+    *,
+    apart: bool,
 ) -> SharedPrompts:
     """Lays sequences out so that what those of one prompt begin with alike is there once.
 
@@ -39,30 +55,55 @@ def share(
         ids: Right-padded.
         lengths: Tokens of each sequence.
         prompt_index: Equal for sequences of one prompt, which stand together.
+        apart: Each prompt is a part, so that none is filled up to another's length; more calls of attention.
     """
     places = torch.arange(ids.shape[1], device=ids.device)
-    group, is_first, common, sizes = _beginnings(ids, lengths, prompt_index)
-    common = common[:, None]
-    kept = (places < lengths[:, None]) & (is_first[:, None] | (places >= common))
+    _, is_first, common, sizes = _beginnings(ids, lengths, prompt_index)
+    kept = (places < lengths[:, None]) & (is_first[:, None] | (places >= common[:, None]))
     position, row = places.expand_as(ids)[kept], torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)[kept]
-    in_prompt = (is_first[:, None] & (places < common))[kept]
     counts = kept.sum(1)
-    tokens = torch.zeros_like(sizes).index_add(0, group, counts)
-    start, width = tokens.cumsum(0) - tokens, int(tokens.max())
-    back = group[row] * width + torch.arange(len(row), device=ids.device) - start[group[row]]
-    inside = torch.arange(width, device=ids.device) < tokens[:, None]
-    place = (start[:, None] + torch.arange(width, device=ids.device)).clamp_max(len(row) - 1)
-    before = position[place][:, None, :] <= position[place][:, :, None]
-    own = in_prompt[place][:, None, :] | (row[place][:, None, :] == row[place][:, :, None])
-    itself = torch.eye(width, dtype=torch.bool, device=ids.device)  # what fills up attends to something, too
-    return SharedPrompts(
-        ids=ids[kept][None],
-        positions=position[None],
-        place=place,
-        back=back,
-        mask=((before & own & inside[:, None, :]) | itself)[:, None],
-        last=counts.cumsum(0) - 1,
+    start = counts.cumsum(0) - counts
+    parts, back, behind = [], torch.zeros_like(position), 0
+    for rows in torch.arange(len(ids), device=ids.device).split(sizes.tolist() if apart else len(ids)):
+        part, where = _part(start[rows], is_first[rows], common[rows], lengths[rows], len(row))
+        tokens = slice(int(start[rows[0]]), int(start[rows[-1]] + counts[rows[-1]]))
+        inside, own = row[tokens] - rows[0], position[tokens]
+        back[tokens] = behind + where[inside, own]
+        parts.append(part)
+        behind += part.beginnings.numel() + part.own.numel()
+    return SharedPrompts(ids[kept][None], position[None], tuple(parts), back, counts.cumsum(0) - 1)
+
+
+def _part(
+    start: Int[Tensor, " sequences"],
+    is_first: Bool[Tensor, " sequences"],
+    common: Int[Tensor, " sequences"],
+    lengths: Int[Tensor, " sequences"],
+    count: int,
+) -> tuple[Part, Int[Tensor, "sequences time"]]:
+    """The part of some sequences, and where each of their tokens is in it.
+
+    Args:
+        start: Where their kept tokens begin.
+        is_first, common, lengths: See `_beginnings`.
+        count: Of all tokens.
+    """
+    longest, width, time = (int(numbers.max()) for numbers in (common, lengths - common, lengths))
+    places = torch.arange(time, device=start.device)
+    group = is_first.cumsum(0) - 1
+    inside = places[:longest] < common[:, None]
+    beginnings = torch.where(inside, start[:, None] + places[:longest], 0)[is_first]
+    own = ((start + torch.where(is_first, common, 0))[:, None] + places[:width]).clamp_max(count - 1)
+    earlier = (places[:width] <= places[:width, None]).expand(len(start), -1, -1)
+    part = Part(
+        beginnings=beginnings,
+        own=own,
+        seen=torch.cat([beginnings[group], own], dim=1),
+        mask=torch.cat([inside[:, None].expand(-1, width, -1), earlier], dim=2)[:, None],
     )
+    rows = torch.arange(len(start), device=start.device)[:, None]
+    behind = beginnings.numel() + rows * width + places - common[:, None]
+    return part, torch.where(places < common[:, None], group[:, None] * longest + places, behind)
 
 
 def tokens(

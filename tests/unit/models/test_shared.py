@@ -35,27 +35,36 @@ def scalar(family: str) -> ScalarModel:
 
 def test_each_prompt_is_laid_out_once() -> None:
     ids, lengths = sequences()
-    found = shared.share(ids, lengths, PROMPTS)
+    found = shared.share(ids, lengths, PROMPTS, apart=True)
     assert found.ids.shape == (1, 9 + 3 + 8 + 5 + 6 + 3 + 4) == (1, int(shared.tokens(ids, lengths, PROMPTS).sum()))
     assert found.ids[0, found.last].tolist() == ids[torch.arange(7), lengths - 1].tolist()
     assert found.positions[0, found.last].tolist() == (lengths - 1).tolist()
     second = found.ids[0, 9:12]
     assert second.tolist() == ids[1, 4:7].tolist() and found.positions[0, 9:12].tolist() == [4, 5, 6]
     # The second answer's first token attends to the prompt and itself, not to the first answer.
-    row = found.mask[0, 0, 9]
-    assert row.nonzero()[:, 0].tolist() == [0, 1, 2, 3, 9]
+    assert len(found.parts) == 4
+    part = found.parts[0]
+    assert part.own[1, 0] == 9 and part.seen[1][part.mask[1, 0, 0]].tolist() == [0, 1, 2, 3, 9]
+    # The fifth sequence is the first of its prompt; its last token sees all of it.
+    part = found.parts[2]
+    assert part.seen[0][part.mask[0, 0, 0]].tolist() == [25, 26, 27, 28, 29, 30]
 
 
 def test_a_sequence_always_keeps_a_token_of_its_own() -> None:
     ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 0], [3, 4, 5, 6]])
     lengths = torch.tensor([4, 3, 4])
-    found = shared.share(ids, lengths, torch.zeros(3, dtype=torch.long))
+    found = shared.share(ids, lengths, torch.zeros(3, dtype=torch.long), apart=False)
     assert found.positions[0].tolist() == [0, 1, 2, 3, 2, 2, 3]
     assert found.positions[0, found.last].tolist() == [3, 2, 3]
 
 
+@pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("family", ["gpt2", "llama-tied", "llama-untied", "qwen2", "qwen3"])
-def test_scores_and_gradients_are_those_of_passes_apart(family: str) -> None:
+def test_scores_and_gradients_are_those_of_passes_apart(
+    family: str, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    share = shared.share
+    monkeypatch.setattr(shared, "share", lambda *given, **_: share(*given, apart=apart))
     model = scalar(family).double()
     model.hf.double()
     assert forward.shares_prompts(model.hf, torch.device("cpu"))
