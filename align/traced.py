@@ -188,7 +188,8 @@ def scoring(network: Network, arithmetic: Arithmetic, tokens: int) -> Pass:
 def writing(network: Network, arithmetic: Arithmetic, sequences: int, prompt: int, response: int) -> Pass:
     """Answering prompts: the pass over them, and the last step, when the cache of keys and values is fullest.
 
-    With transformers' cache and all prompts at once, than which `align.models.slots` needs no more.
+    As with transformers' cache and all prompts at once. `align.models.slots` holds as many tokens in the end; it
+    computes prompts in turns, but also while its rows are full.
 
     Args:
         network: The policy.

@@ -43,11 +43,10 @@ class Slots:
     Args:
         device: Of the model.
         most: Tokens that a row may come to hold.
-        room: Tokens that can be written before the rows are laid out anew.
     """
 
-    def __init__(self, device: torch.device, *, most: int, room: int = GROWTH) -> None:
-        self.most, self.room = most, room
+    def __init__(self, device: torch.device, *, most: int) -> None:
+        self.most = most
         self.lengths: Int[Tensor, " rows"] = torch.zeros(0, dtype=torch.long, device=device)
         self.filling: Filling | None = None
         self._layers: dict[int, list[Tensor]] = {}
@@ -70,7 +69,7 @@ class Slots:
         of_all = lengths.tolist()
         larger = len(source) > self._rows or of_all[0] >= self._width
         if larger:
-            self._rows, self._width = len(source), min(of_all[0] + self.room, self.most)
+            self._rows, self._width = len(source), min(of_all[0] + GROWTH, self.most)
         old, reach = (source >= 0).nonzero()[:, 0], min(self._longest, self._width)
         for number, parts in self._layers.items():
             self._layers[number] = [self._moved(part, source[old], old, reach, larger) for part in parts]

@@ -56,10 +56,11 @@ def test_rows_of_any_length_have_the_logits_of_passes_of_their_own(
 
 @pytest.mark.parametrize("room", [2, 100])
 @torch.no_grad()
-def test_rows_leave_come_and_grow(room: int) -> None:
+def test_rows_leave_come_and_grow(room: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slots, "GROWTH", room)
     model = exact("qwen3")
     ids = torch.randint(3, tiny.VOCAB, (7, 30), generator=torch.Generator().manual_seed(1))
-    first, cache = torch.tensor([9, 6, 5, 2]), Slots(CPU, most=13, room=room)
+    first, cache = torch.tensor([9, 6, 5, 2]), Slots(CPU, most=13)
     cache.lay_out(torch.full((4,), -1), first)
     decode.fill(model, ids[:4], first, cache, torch.arange(4))
     written(model, ids[:4], first, cache, 2)
