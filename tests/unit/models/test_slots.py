@@ -94,6 +94,7 @@ def test_rows_of_like_length_make_a_band() -> None:
     lengths = [100, 90, 80, 79, 78, 77, 76, 75, 74, 20, 10]
     # The ninth is shorter than 80, but only with it are there eight before the next; 20 begins another.
     assert list(slots._bands(lengths)) == [(0, 8, 100), (8, 11, 75 - 1)]
+    assert list(slots._bands([100] + [81] * 9 + [80])) == [(0, 11, 100)]  # none is short enough
     assert list(slots._bands([3])) == [(0, 1, 3)] and list(slots._bands([])) == []
 
 
