@@ -1,6 +1,8 @@
 # make quickstart: the whole method on real text, in minutes. make test: the tests. make check: style, types, tests.
 PYTHON ?= python3
 BIN := .venv/bin
+# Where this is set, every process would compile torch, transformers and lightning again: 9 s each.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: quickstart install test unit static check format clean
 
