@@ -138,6 +138,7 @@ def fit(
     data: L.LightningDataModule,
     folder: Path,
     callbacks: Sequence[L.Callback] = (),
+    from_checkpoint: Path | None = None,
     **trainer: Any,
 ) -> L.Trainer:
     """Trains in `folder`, quietly."""
@@ -149,7 +150,7 @@ def fit(
             "use_distributed_sampler": False, **trainer,
         }
     )  # fmt: skip
-    made.fit(module, datamodule=data)
+    made.fit(module, datamodule=data, ckpt_path=from_checkpoint)
     return made
 
 

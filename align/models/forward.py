@@ -16,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from align.formulas.losses import entropy
-from align.models import sharding, shared
+from align.models import hydra, sharding, shared
 from align.models.attention import looks_all_the_way
 from align.models.heads import ScalarModel
+from align.models.hydra import Below
 from align.models.shared import SharedPrompts
 
 LOGITS_PER_CHUNK = 2**25
@@ -93,6 +94,7 @@ def token_logprobs(
     ids: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     temperature: float = 1.0,
+    below: Below | None = None,
 ) -> Float[Tensor, " tokens"]:
     """log π(token | what stands before it) of the tokens where `mask` is True, row after row, in float32.
 
@@ -101,8 +103,9 @@ def token_logprobs(
         ids: Right-padded.
         mask: True at tokens to score; never at position 0.
         temperature: The logits are divided by it, as when sampling.
+        below: What the model's frozen blocks give for these ids, if that is known.
     """
-    return _over_logits(model, ids, mask, temperature, _logprobs_of)
+    return _over_logits(model, ids, mask, temperature, _logprobs_of, below)
 
 
 def token_logprobs_and_entropies(
@@ -110,9 +113,10 @@ def token_logprobs_and_entropies(
     ids: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     temperature: float = 1.0,
+    below: Below | None = None,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
     """`token_logprobs`, with the entropy in nats of the distribution each token was drawn from."""
-    both = _over_logits(model, ids, mask, temperature, _logprobs_and_entropies_of)
+    both = _over_logits(model, ids, mask, temperature, _logprobs_and_entropies_of, below)
     return both[:, 0], both[:, 1]
 
 
@@ -133,9 +137,10 @@ def token_logprobs_entropies_and_values(
     ids: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     temperature: float = 1.0,
+    below: Below | None = None,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
     """`token_logprobs_and_entropies`, and `token_values` as in `token_logprobs_and_values`."""
-    both, values = _with_values(model, value, ids, mask, temperature, _logprobs_and_entropies_of)
+    both, values = _with_values(model, value, ids, mask, temperature, _logprobs_and_entropies_of, below)
     return both[:, 0], both[:, 1], values
 
 
@@ -146,12 +151,13 @@ def _with_values(
     mask: Bool[Tensor, "batch time"],
     temperature: float,
     function: OfLogits,
+    below: Below | None = None,
 ) -> tuple[Tensor, Float[Tensor, " tokens"]]:
     if not _has_plain_head(model, ids.device):
-        return _over_logits(model, ids, mask, temperature, function), token_values(value, ids, mask)
+        return _over_logits(model, ids, mask, temperature, function, below), token_values(value, ids, mask, below)
 
     def both(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-        inputs, targets = _hidden(model, ids)[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]
+        inputs, targets = _hidden(model, ids, below)[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]
         head, vocab = _unembedding(model), _vocab(model)
         return _in_chunks(head, inputs, targets, function, temperature=temperature, vocab=vocab), _scalar(value, inputs)
 
@@ -167,10 +173,13 @@ def token_logprobs_and_hits(
 
 
 def token_values(
-    model: ScalarModel, ids: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
+    model: ScalarModel,
+    ids: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    below: Below | None = None,
 ) -> Float[Tensor, " tokens"]:
     """V(s_t) of the tokens where `mask` is True: read at the token before, when token t was not yet chosen."""
-    return sharding.run(model.hf, lambda hf: _scalar(model, _hidden(hf, ids)[:, :-1][mask[:, 1:]]))
+    return sharding.run(model.hf, lambda hf: _scalar(model, _hidden(hf, ids, below)[:, :-1][mask[:, 1:]]))
 
 
 def final_scores(
@@ -228,8 +237,11 @@ def by_response(
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
-def _hidden(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time d"]:
-    return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+def _hidden(
+    model: PreTrainedModel, ids: Int[Tensor, "batch time"], below: Below | None = None
+) -> Float[Tensor, "batch time d"]:
+    with hydra.above(model, below):
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
 def _shared_hidden(model: PreTrainedModel, laid_out: SharedPrompts) -> Float[Tensor, "tokens d"]:
@@ -275,10 +287,11 @@ def _over_logits(
     mask: Bool[Tensor, "batch time"],
     temperature: float,
     function: OfLogits,
+    below: Below | None = None,
 ) -> Tensor:
     """`function(logits, targets)` of the scored tokens, computing no other logits where the model allows it."""
     plain = _has_plain_head(model, ids.device)
-    return sharding.run(model, _function_of_logits, ids, mask, temperature, function, plain)
+    return sharding.run(model, _function_of_logits, ids, mask, temperature, function, plain, below)
 
 
 def _function_of_logits(
@@ -288,12 +301,14 @@ def _function_of_logits(
     temperature: float,
     function: OfLogits,
     plain: bool,
+    below: Below | None,
 ) -> Tensor:
     targets = ids[:, 1:][mask[:, 1:]]
     if plain:
-        head, inputs = _unembedding(model), _hidden(model, ids)[:, :-1][mask[:, 1:]]
+        head, inputs = _unembedding(model), _hidden(model, ids, below)[:, :-1][mask[:, 1:]]
     else:
-        head, inputs = nn.Identity(), model.forward(input_ids=ids, use_cache=False).logits[:, :-1][mask[:, 1:]]
+        with hydra.above(model, below):
+            head, inputs = nn.Identity(), model.forward(input_ids=ids, use_cache=False).logits[:, :-1][mask[:, 1:]]
     return _in_chunks(head, inputs, targets, function, temperature=temperature, vocab=_vocab(model))
 
 

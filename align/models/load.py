@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 
 from align import distributed, seeds
 from align.atomic import folder_written_whole
-from align.models import adapters, deferred, heads, quantised, sharding, trunk
+from align.models import adapters, deferred, heads, hydra, quantised, sharding, trunk
 from align.models.adapters import LoRA
 from align.models.attention import use_attend
 from align.models.deferred import SINGLE
@@ -82,6 +82,7 @@ def load_causal_lm(
     gradient_checkpointing: bool = False,
     lora: LoRA | None = None,
     quantise: Bits | None = None,
+    trained_blocks: int | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
     """A causal language model, in training mode; every parameter trainable unless `lora` or `quantise` says otherwise.
@@ -95,6 +96,8 @@ def load_causal_lm(
         gradient_checkpointing: Recompute activations in the backward pass: less memory, about a third more time.
         lora: Freezes the weights and trains small updates of them.
         quantise: Keeps the weights of the blocks' linear layers in 8 or 4 bits, and freezes the model.
+        trained_blocks: Only so many of the last blocks learn, and what stands behind them; the rest is frozen, which
+            in PPO is kept and computed once for all networks that have it in common (`align.models.hydra`).
         seed: Of the updates' initialisation.
     """
     config = _config_without_dropout(path)
@@ -103,6 +106,7 @@ def load_causal_lm(
         add_residual_dropout(model, dropout)
     if lora is not None:
         adapters.add(model, lora, seed=seed)
+    _freeze(model, trained_blocks, lora, quantise)
     return _ready(model, gradient_checkpointing)
 
 
@@ -113,6 +117,7 @@ def load_scalar_model(
     gradient_checkpointing: bool = False,
     lora: LoRA | None = None,
     quantise: Bits | None = None,
+    trained_blocks: int | None = None,
     seed: int = 0,
 ) -> ScalarModel:
     """A reward or value model: the language model with its unembedding replaced by a projection to one number.
@@ -126,6 +131,7 @@ def load_scalar_model(
         gradient_checkpointing: Recompute activations in the backward pass.
         lora: Freezes the weights and trains small updates of them, and the head.
         quantise: Keeps the weights of the blocks' linear layers in 8 or 4 bits, and freezes the model.
+        trained_blocks: See `load_causal_lm`.
         seed: Of the head's initialisation, and of the updates'.
     """
     config = _config_without_dropout(path)
@@ -145,6 +151,7 @@ def load_scalar_model(
     if lora is not None:
         adapters.add(model, lora, seed=seed)
         ScalarModel(model).head.float().requires_grad_(True)  # like the updates, whatever the weights are kept in
+    _freeze(model, trained_blocks, lora, quantise)
     return ScalarModel(_ready(model, gradient_checkpointing))
 
 
@@ -351,11 +358,24 @@ def quantise_model(model: PreTrainedModel, bits: Bits) -> None:
     quantised.quantise(model, sharding.blocks(model), bits)
 
 
+def _freeze(model: PreTrainedModel, trained_blocks: int | None, lora: LoRA | None, bits: Bits | None) -> None:
+    if trained_blocks is None:
+        return
+    if lora is not None or bits is not None:
+        raise ValueError(
+            f"trained_blocks: got {trained_blocks} beside {'lora' if lora is not None else 'quantise'}, which freezes "
+            "all weights already; expected one of the two"
+        )
+    hydra.freeze(model, trained_blocks)
+
+
 def _ready(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:
     if not deferred.wanted():
         deferred.fill(model, torch.device("cpu"))
     if gradient_checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        # It makes the embeddings' output need gradients, for reentrant checkpoints; frozen blocks would compute them.
+        model.disable_input_require_grads()
     return model.train()
 
 

@@ -9,6 +9,7 @@ In place of a model of its own, `PPOModule` takes a description of what to put o
 """
 
 import contextlib
+import copy
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.models import adapters, deferred
+from align.models import adapters, deferred, quantised, sharding
 from align.models.heads import ScalarModel
+from align.models.quantised import Bits
 from align.paths import ModelPath
 
 FOLDER = "adapter"
@@ -137,3 +139,26 @@ def _projection(policy: PreTrainedModel, saved: dict[str, Tensor], trained: bool
         if bias is not None:
             made.bias.copy_(bias)
     return made.requires_grad_(trained)
+
+
+def reference_of(policy: PreTrainedModel, bits: Bits | None) -> PreTrainedModel | None:
+    """The KL reference: a frozen copy of the policy, or None where it is the policy without its adapter.
+
+    Args:
+        policy: As it is before it learns.
+        bits: Keeps the copy in 8 or 4 bits.
+
+    Raises:
+        ValueError: It shall be in few bits, but is no copy.
+    """
+    if not adapters.present(policy):
+        reference = copy.deepcopy(policy).requires_grad_(False).eval()
+        if bits is not None:
+            quantised.quantise(reference, sharding.blocks(reference), bits)
+        return reference
+    if bits is not None:
+        raise ValueError(
+            f"quantise_reference: got {bits}, but with lora the reference is the policy without its adapter; "
+            "module.policy.quantise keeps the weights of both in few bits"
+        )
+    return None

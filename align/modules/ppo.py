@@ -5,7 +5,6 @@ An iteration is: collect a rollout (`PPOModule.collect`), then take one optimize
 one when the last is used up. What departs from the paper, or fills what it leaves open, is listed in docs/details.md.
 """
 
-import copy
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
@@ -13,16 +12,17 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Bool, Float
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align import distributed, interrupt, seeds
 from align.formulas import losses, masked, returns
-from align.models import adapters, forward, sharding
+from align.models import forward, hydra, sharding
 from align.models.heads import ScalarModel
-from align.models.load import frozen, quantise_model
+from align.models.load import frozen
 from align.models.quantised import Bits
-from align.models.trunk import Adapter, Head, one_pass
+from align.models.trunk import Adapter, Head, one_pass, reference_of
 from align.modules.base import AlignModule, Stats, gradient_norm
 from align.optim import Optim
 from align.rollout.collect import Scored, response_tokens, reward_scores, token_passes
@@ -105,6 +105,8 @@ class PPOModule(AlignModule):
         ppo: The algorithm's numbers.
         quantise_reference: Keeps the copy in 8 or 4 bits. It is then no longer quite what the policy was, so KL does
             not begin at 0.
+        share_frozen: Keeps and computes once what the policy has frozen (`trained_blocks`) and others have alike: the
+            reference, and networks trained likewise from the same weights. Changes rounding at most; not under FSDP.
         value_lr: Peak learning rate of the value network; null means `optim.lr`.
         tokenizer, optim, micro_batch_tokens, seed: See `AlignModule`.
     """
@@ -120,6 +122,7 @@ class PPOModule(AlignModule):
         optim: Optim,
         ppo: PPO,
         quantise_reference: Bits | None = None,
+        share_frozen: bool = True,
         value_lr: float | None = None,
         micro_batch_tokens: int = 8192,
         seed: int = 0,
@@ -131,9 +134,11 @@ class PPOModule(AlignModule):
                 "InstructGPT uses 1.0"
             )
         self.policy = policy
-        self.reference = _reference(policy, quantise_reference)
+        self.reference = reference_of(policy, quantise_reference)
         self.value = value.on(policy, "value", trained=True) if isinstance(value, Head | Adapter) else value
         self.reward = frozen(reward.on(policy, "reward", trained=False) if isinstance(reward, Adapter) else reward)
+        self.share_frozen = share_frozen
+        self.hydra = hydra.Hydra(policy)
         self.sampler = sampler
         self.ppo = ppo
         self.value_lr = value_lr
@@ -152,6 +157,14 @@ class PPOModule(AlignModule):
     def learning_rates(self) -> Mapping[str, float]:
         """See `AlignModule`."""
         return {} if self.value_lr is None else {"value": self.value_lr}
+
+    def configure_model(self) -> None:
+        """See `AlignModule`; then what networks have frozen alike is shared."""
+        super().configure_model()
+        others = {"reference": self.reference, "value": self.value.hf, "reward": self.reward.hf}
+        self.hydra, names = hydra.grow(self.policy, others if self.share_frozen else {})
+        if names:
+            rank_zero_info(f"{self.hydra.depth} frozen blocks are one for policy, {', '.join(names)}")
 
     def on_fit_start(self) -> None:
         """Sees to it that text is there if and only if the objective has a pretraining term.
@@ -217,6 +230,7 @@ class PPOModule(AlignModule):
                     temperature=self.sampler.temperature,
                     minibatch=minibatch,
                     micro_batch_tokens=self.micro_batch_tokens,
+                    hydra=self.hydra,
                 )
             scores = self._with_eos_rule(self.score(completions), completions.finished)
         everyone = distributed.whole(Scored(completions=completions, passes=passes, scores=scores))
@@ -297,10 +311,12 @@ class PPOModule(AlignModule):
                 value_loss, value_stats = self.value_piece(values, part, count)
                 yield policy_loss + value_loss, policy_stats | value_stats
             else:  # one graph after the other: less memory
-                logprobs = forward.token_logprobs(self.policy, ids, scored, self.sampler.temperature)
+                states = self.hydra.below(ids)
+                logprobs = forward.token_logprobs(self.policy, ids, scored, self.sampler.temperature, states)
                 yield self.policy_piece(logprobs, part, count)
                 with self.value.in_use():
-                    yield self.value_piece(forward.token_values(self.value, ids, scored), part, count)
+                    values = forward.token_values(self.value, ids, scored, self.hydra.given(self.value.hf, states))
+                    yield self.value_piece(values, part, count)
 
     def policy_piece(self, logprobs: Float[Tensor, " tokens"], part: Rollout, count: Tensor) -> tuple[Tensor, Stats]:
         """Clipped policy loss of a micro-batch, and what it says of the update."""
@@ -371,18 +387,3 @@ class PPOModule(AlignModule):
         """Restores β too."""
         super().on_load_checkpoint(checkpoint)
         self.kl_coef = checkpoint["kl_coef"]
-
-
-def _reference(policy: PreTrainedModel, bits: Bits | None) -> PreTrainedModel | None:
-    """A frozen copy of the policy; None: it is the policy without its adapter."""
-    if not adapters.present(policy):
-        reference = frozen(copy.deepcopy(policy))
-        if bits is not None:
-            quantise_model(reference, bits)
-        return reference
-    if bits is not None:
-        raise ValueError(
-            f"quantise_reference: got {bits}, but with lora the reference is the policy without its adapter; "
-            "module.policy.quantise keeps the weights of both in few bits"
-        )
-    return None

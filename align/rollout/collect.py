@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from align.models import adapters, forward, sharding
 from align.models.heads import ScalarModel
+from align.models.hydra import Hydra
 from align.models.trunk import one_pass
 from align.types import Completions, Record
 
@@ -49,6 +50,7 @@ def token_passes(
     temperature: float,
     minibatch: int,
     micro_batch_tokens: int,
+    hydra: Hydra | None = None,
 ) -> TokenPasses:
     """Policy, reference and value network over every episode.
 
@@ -60,12 +62,17 @@ def token_passes(
         temperature: The one the responses were sampled at.
         minibatch: Episodes in a minibatch.
         micro_batch_tokens: See `AlignModule`.
+        hydra: Which of them have frozen blocks in common, computed once.
     """
     own = torch.arange(completions.size).split(minibatch)
     groups = [
         rows[part] for rows in own for part in forward.micro_batches(completions.lengths[rows], micro_batch_tokens)
     ]
     over_all = functools.partial(_over_all, completions, groups)
+    if hydra is not None and hydra.depth and reference is not None:
+        every = functools.partial(_every_pass, hydra, policy, reference, value, temperature)
+        logprobs, entropies, values, ref_logprobs = over_all(policy, every, needed=False)
+        return TokenPasses(logprobs=logprobs, entropies=entropies, values=values, ref_logprobs=ref_logprobs)
     other = policy if reference is None else reference
     found: dict[str, Tensor] = {}
     together = one_pass(value)
@@ -93,6 +100,27 @@ def token_passes(
                 value.hf, lambda ids, scored: (forward.token_values(value, ids, scored),), needed=False
             )
     return TokenPasses(**found)
+
+
+def _every_pass(
+    hydra: Hydra,
+    policy: PreTrainedModel,
+    reference: PreTrainedModel,
+    value: ScalarModel,
+    temperature: float,
+    ids: Int[Tensor, "batch time"],
+    scored: Bool[Tensor, "batch time"],
+) -> tuple[Tensor, ...]:
+    """Log-probabilities, entropies, values and the reference's log-probabilities of a micro-batch."""
+    states = hydra.below(ids)
+    if one_pass(value):
+        own = forward.token_logprobs_entropies_and_values(policy, value, ids, scored, temperature, states)
+    else:
+        own = (
+            *forward.token_logprobs_and_entropies(policy, ids, scored, temperature, states),
+            forward.token_values(value, ids, scored, hydra.given(value.hf, states)),
+        )
+    return *own, forward.token_logprobs(reference, ids, scored, temperature, hydra.given(reference, states))
 
 
 def _over_all(

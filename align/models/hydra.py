@@ -1,0 +1,224 @@
+"""Frozen lower blocks that networks have in common, kept and computed once (the "hydra" models of trlx).
+
+A policy of which only the last blocks learn (`freeze`) has the same lower blocks as its reference, and as a value
+network and a reward model that were trained like that from the same weights. Their hidden states there are then the
+same too: `below` computes them, and `above` lets each network go on from them.
+
+Both work on any model that has its blocks in a list: for the length of a pass, something stands in place of the blocks
+that are not to be computed.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from align.models import adapters, sharding
+
+ROUNDING = 1e-3
+"""Of the largest hidden state: more than two passes with the same weights may differ."""
+
+
+@dataclass(frozen=True)
+class Below:
+    """Hidden states of a batch where the frozen blocks end.
+
+    Attributes:
+        hidden: The states, without gradient.
+        depth: How many blocks have been computed.
+    """
+
+    hidden: Float[Tensor, "batch time d"]
+    depth: int
+
+
+@dataclass(frozen=True)
+class Hydra:
+    """A policy, and the networks that go on from its frozen blocks.
+
+    Attributes:
+        policy: Owns the weights they share.
+        depth: How many blocks that are; 0: nothing is shared.
+        heads: The networks, the policy aside.
+    """
+
+    policy: PreTrainedModel
+    depth: int = 0
+    heads: tuple[PreTrainedModel, ...] = ()
+
+    def below(self, ids: Int[Tensor, "batch time"]) -> Below | None:
+        """Where the policy and the other networks can go on from, for these ids; None: nothing is shared."""
+        return below(self.policy, ids, self.depth) if self.depth else None
+
+    def given(self, network: PreTrainedModel, states: Below | None) -> Below | None:
+        """The states, if the network goes on from them."""
+        return states if network is self.policy or any(network is head for head in self.heads) else None
+
+
+def grow(policy: PreTrainedModel, networks: Mapping[str, PreTrainedModel | None]) -> tuple[Hydra, list[str]]:
+    """Lets all networks that can use the policy's frozen lower weights do so; see `join`.
+
+    Returns:
+        What they share, and the names of those that do.
+    """
+    heads = {name: model for name, model in networks.items() if model is not None and join(policy, model)}
+    return Hydra(policy, depth(policy) if heads else 0, tuple(heads.values())), list(heads)
+
+
+class StandIn(nn.Module):
+    """In place of blocks: gives the same hidden states whatever comes in; if it has none yet, the first that do."""
+
+    def __init__(self, hidden: Float[Tensor, "batch time d"] | None) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+    def forward(self, hidden_states: Tensor, *arguments: object, **named: object) -> Tensor:
+        """Takes what a block takes."""
+        if self.hidden is None:
+            self.hidden = hidden_states
+        return self.hidden
+
+
+def freeze(model: PreTrainedModel, trained_blocks: int) -> None:
+    """Freezes the embeddings, and all blocks but the last ones.
+
+    What stands behind the blocks still learns: the last norm, a head, and an output embedding unless it is tied to the
+    input's.
+
+    Raises:
+        ValueError: The model has fewer blocks.
+    """
+    blocks = sharding.blocks(model)
+    if not 1 <= trained_blocks <= len(blocks):
+        raise ValueError(
+            f"trained_blocks: got {trained_blocks}, expected 1 to {len(blocks)}, the number of the model's blocks; "
+            "null trains the whole model"
+        )
+    for block in blocks[: len(blocks) - trained_blocks]:
+        block.requires_grad_(False)
+    for parameter in _embeddings(model, blocks):
+        parameter.requires_grad_(False)
+
+
+def depth(model: PreTrainedModel) -> int:
+    """How many of the lowest blocks are frozen, with the embeddings before them; the last block never counts."""
+    blocks = sharding.blocks(model)
+    if adapters.present(model) or any(parameter.requires_grad for parameter in _embeddings(model, blocks)):
+        return 0
+    learns = [any(p.requires_grad for p in block.parameters()) for block in blocks[:-1]]
+    return [*learns, True].index(True)
+
+
+def below(model: PreTrainedModel, ids: Int[Tensor, "batch time"], depth: int) -> Below:
+    """The hidden states of a right-padded batch behind the first `depth` blocks, which must not be all."""
+    with torch.no_grad():
+        return _below(model, ids, depth)
+
+
+def _below(model: PreTrainedModel, ids: Int[Tensor, "batch time"], depth: int) -> Below:
+    stand_in = StandIn(None)
+    with _standing_in(model, slice(depth, None), stand_in):
+        model.base_model(input_ids=ids, use_cache=False)
+    assert stand_in.hidden is not None
+    return Below(hidden=stand_in.hidden, depth=depth)
+
+
+@contextlib.contextmanager
+def above(model: PreTrainedModel, states: Below | None) -> Iterator[None]:
+    """Inside the block the model goes on from these states, which must be of the ids it is given; None: no change."""
+    if states is None:
+        yield
+        return
+    with _standing_in(model, slice(states.depth), StandIn(states.hidden)):
+        yield
+
+
+def join(policy: PreTrainedModel, other: PreTrainedModel) -> bool:
+    """Lets a network use the policy's frozen lower weights, if it never changes them and has the same.
+
+    Not where weights are sharded: each network gathers its own.
+
+    Returns:
+        Whether it does: then `below` of the policy holds for it too.
+    """
+    count = depth(policy)
+    if other is policy or count == 0 or sharding.is_sharded(policy):
+        return False
+    own, theirs = _lower_parameters(policy, count), _lower_parameters(other, count)
+    if depth(other) < count or own.keys() != theirs.keys():
+        return False
+    if not all(_same(own[name], theirs[name]) for name in own) or not _goes_on(policy, other, count):
+        return False
+    instead = {id(theirs[name]): parameter for name, parameter in own.items()}
+    for module in other.modules():
+        for name, parameter in module._parameters.items():  # an output embedding may be tied to the input's
+            module._parameters[name] = instead.get(id(parameter), parameter)
+    return True
+
+
+def _lower_parameters(model: PreTrainedModel, count: int) -> dict[str, nn.Parameter]:
+    """The weights of the first blocks and of all embeddings outside later ones, by name."""
+    blocks = sharding.blocks(model)
+    lower = {parameter for block in blocks[:count] for parameter in block.parameters()} | _embeddings(model, blocks)
+    return {name: parameter for name, parameter in model.base_model.named_parameters() if parameter in lower}
+
+
+def _embeddings(model: PreTrainedModel, blocks: list[nn.Module]) -> set[nn.Parameter]:
+    """The weights of embeddings of tokens, of positions, and of what else a model looks up before its blocks."""
+    inside = {module for block in blocks for module in block.modules()}
+    return {p for m in model.modules() if isinstance(m, nn.Embedding) and m not in inside for p in m.parameters()}
+
+
+def _same(one: nn.Parameter, other: nn.Parameter) -> bool:
+    return one is other or (one.dtype == other.dtype and one.device == other.device and torch.equal(one, other))
+
+
+def _goes_on(policy: PreTrainedModel, other: PreTrainedModel, count: int) -> bool:
+    """Whether the models agree about a few tokens, both where the shared blocks end and when they go on from there."""
+    ids = torch.arange(12, device=policy.device).reshape(2, 6) % policy.config.get_text_config().vocab_size
+    with torch.random.fork_rng():  # dropout, which would be found here, draws
+        try:
+            states, again, theirs = (_below(model, ids, count).hidden for model in (policy, policy, other))
+            if _learns(policy, states) or not torch.equal(states, again) or not torch.equal(states, theirs):
+                return False  # something below learns, something is dropped, or they differ in more than weights
+            with torch.no_grad():
+                whole, gone_on = (_last(other, ids, given) for given in (None, Below(states, count)))
+        except (TypeError, ValueError, AttributeError, RuntimeError):  # its blocks take or give something else
+            return False
+    return bool((whole - gone_on).abs().max() <= ROUNDING * whole.abs().max())
+
+
+def _learns(model: PreTrainedModel, states: Tensor) -> bool:
+    """Whether the states depend on a weight that learns."""
+    if not states.requires_grad:
+        return False
+    weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return any(grad is not None for grad in torch.autograd.grad(states.sum(), weights, allow_unused=True))
+
+
+def _last(model: PreTrainedModel, ids: Int[Tensor, "batch time"], states: Below | None) -> Tensor:
+    with above(model, states):
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+@contextlib.contextmanager
+def _standing_in(model: PreTrainedModel, which: slice, stand_in: StandIn) -> Iterator[None]:
+    replaced = set(sharding.blocks(model)[which])
+    places = [
+        (parent, name, child)
+        for parent in model.base_model.modules()
+        if isinstance(parent, nn.ModuleList)
+        for name, child in parent.named_children()
+        if child in replaced
+    ]
+    for parent, name, _ in places:
+        parent._modules[name] = stand_in
+    try:
+        yield
+    finally:
+        for parent, name, child in places:
+            parent._modules[name] = child

@@ -1,0 +1,252 @@
+"""Frozen lower blocks: what learns, that going on from them gives what whole passes give, and who may share them."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import Tensor
+from unit.modules.test_ppo import Collecting, data
+
+from align.models import forward, hydra
+from align.models.adapters import LoRA
+from align.models.heads import ScalarModel
+from align.models.load import add_residual_dropout, frozen, load_causal_lm, load_scalar_model, save_model
+from align.models.trunk import Head
+from align.modules.ppo import PPO
+from align.optim import Optim
+from align.rollout.sampler import DecodeSampler
+
+FAMILIES = ["gpt2", "llama-tied", "llama-untied", "qwen2", "qwen3", "gemma2"]
+
+
+def scalar_of(model: Any, seed: int = 1) -> ScalarModel:
+    """A scalar model with a trunk like a Llama's, and a head of its own."""
+    made = tiny.scalar_model(seed, tied=model.config.tie_word_embeddings, num_hidden_layers=3)
+    made.hf.base_model.load_state_dict(model.base_model.state_dict())
+    return made
+
+
+def three_blocks(**changes: Any) -> Any:
+    return tiny.llama(initializer_range=0.1, num_hidden_layers=3, **changes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_going_on_from_frozen_blocks_is_a_whole_pass(family: str) -> None:
+    model = tiny.families()[family].train()
+    for module in model.modules():  # GPT-2's own, which loading switches off
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    hydra.freeze(model, 1)
+    episodes = tiny.completions([3, 6, 2], [5, 2, 7])
+    ids, mask = episodes.ids, episodes.token_mask
+    states = hydra.below(model, ids, hydra.depth(model))
+    assert states.depth == 1 and not states.hidden.requires_grad
+    calls = []
+    first = next(m for m in model.modules() if type(m).__name__ in model._no_split_modules)
+    first.register_forward_hook(lambda *_: calls.append(1))
+    value = Head().on(model, "value", trained=True)
+    torch.nn.init.normal_(value.head.weight)
+    forward.token_logprobs(model, ids, mask)  # a trial of the model's head comes with the first pass
+    calls.clear()
+    found = []
+    for below in (None, states):
+        logprobs, entropies, values = forward.token_logprobs_entropies_and_values(model, value, ids, mask, 0.7, below)
+        weights = torch.linspace(-1.0, 1.0, len(logprobs))
+        loss = (weights * logprobs).sum() + (weights * entropies).sum() + values.square().sum()
+        assert torch.equal(logprobs, forward.token_logprobs(model, ids, mask, 0.7, below))
+        assert torch.equal(entropies, forward.token_logprobs_and_entropies(model, ids, mask, 0.7, below)[1])
+        assert torch.equal(values, forward.token_values(value, ids, mask, below))
+        gradients = tiny.gradients(torch.nn.ModuleList([model, value]), [(loss, None)])
+        found.append((logprobs, entropies, values, gradients))
+        assert bool(calls) == (below is None)
+        calls.clear()
+    (*whole, own), (*gone_on, theirs) = found
+    for one, other in zip(whole, gone_on, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    tiny.assert_same_gradients(own, theirs)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_the_last_blocks_and_what_stands_behind_them_learn(tied: bool) -> None:
+    model = three_blocks(tied=tied)
+    assert hydra.depth(model) == 0
+    hydra.freeze(model, 2)
+    learns = {".".join(name.split(".")[:3]) for name, p in model.named_parameters() if p.requires_grad}
+    assert learns == {"model.layers.1", "model.layers.2", "model.norm.weight"} | (set() if tied else {"lm_head.weight"})
+    assert hydra.depth(model) == 1 and hydra.depth(frozen(model)) == 2
+    model.model.embed_tokens.requires_grad_(True)
+    assert hydra.depth(model) == 0
+
+
+@pytest.mark.parametrize("count", [0, 4])
+def test_a_number_of_blocks_that_the_model_lacks_is_refused(count: int) -> None:
+    with pytest.raises(ValueError, match=rf"trained_blocks: got {count}, expected 1 to 3, the number of the model's"):
+        hydra.freeze(three_blocks(), count)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_what_is_frozen_alike_is_kept_once(tied: bool) -> None:
+    policy = three_blocks(tied=tied)
+    value, reward = scalar_of(policy), frozen(scalar_of(policy, 2))
+    for model in (policy, value.hf):
+        hydra.freeze(model, 1)
+    reference = frozen(copy.deepcopy(policy))
+    grown, names = hydra.grow(policy, {"a": reference, "b": value.hf, "c": reward.hf, "d": policy, "e": None})
+    assert names == ["a", "b", "c"] and grown.depth == 2
+    own = {id(p) for p in policy.parameters()}
+    for model in (reference, value.hf, reward.hf):
+        for name, parameter in model.named_parameters():
+            lower = any(part in name for part in ("embed_tokens", "layers.0.", "layers.1.")) or (tied and "lm" in name)
+            assert (id(parameter) in own) == lower, name
+    if tied:
+        assert reference.lm_head.weight is policy.model.embed_tokens.weight
+    states = grown.below(torch.tensor([[3, 4]]))
+    assert states is not None and grown.given(policy, states) is grown.given(value.hf, states) is states
+    assert grown.given(three_blocks(), states) is None
+    assert hydra.Hydra(policy).below(torch.tensor([[3, 4]])) is None
+
+
+def _other_weights(model: Any) -> None:
+    model.model.layers[1].mlp.up_proj.weight.detach()[0, 0] += 1e-3
+
+
+def _other_embeddings(model: Any) -> None:
+    model.model.embed_tokens.weight.detach()[-1, 0] += 1e-3  # of a token that no trial would see
+
+
+def _learns_below(model: Any) -> None:
+    model.model.layers[0].requires_grad_(True)
+
+
+def _other_angles(model: Any) -> None:
+    model.model.rotary_emb.inv_freq *= 1.1
+
+
+def _drops(model: Any) -> None:
+    add_residual_dropout(model, 0.5)
+
+
+@pytest.mark.parametrize("change", [_other_weights, _other_embeddings, _learns_below, _other_angles, _drops])
+def test_what_is_not_alike_is_not_shared(change: Any) -> None:
+    policy = three_blocks()
+    hydra.freeze(policy, 1)
+    other = copy.deepcopy(policy)
+    change(other)
+    assert not hydra.join(policy, other)
+    assert not {id(p) for p in policy.parameters()} & {id(p) for p in other.parameters()}
+    assert hydra.join(policy, copy.deepcopy(policy))
+
+
+def test_a_policy_that_drops_or_learns_below_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    for change in (_drops, _learns_below, lambda model: model.requires_grad_(True)):
+        policy = three_blocks()
+        hydra.freeze(policy, 1)
+        change(policy)
+        assert not hydra.join(policy, frozen(copy.deepcopy(policy)))
+
+
+def test_blocks_that_cannot_be_stood_in_for_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = three_blocks()
+    hydra.freeze(policy, 1)
+    plain = hydra.StandIn.forward
+
+    def halved(self: Any, hidden_states: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        given = self.hidden is not None
+        return plain(self, hidden_states) / (2.0 if given else 1.0)
+
+    def refused(self: Any, hidden_states: Tensor, *arguments: Any, **named: Any) -> Tensor:
+        raise TypeError("no such argument")
+
+    for wrong in (halved, refused):
+        monkeypatch.setattr(hydra.StandIn, "forward", wrong)
+        assert not hydra.join(policy, frozen(copy.deepcopy(policy)))
+        names = [type(block).__name__ for block in policy.model.layers]
+        assert names == ["LlamaDecoderLayer"] * 3  # they are back in their places
+
+
+def ppo_of(share: bool, value: str, checkpointing: bool = False) -> Collecting:
+    policy = three_blocks()
+    network: Any = Head() if value == "head" else scalar_of(policy)
+    for model in (policy, *([network.hf] if value == "frozen alike" else [])):
+        hydra.freeze(model, 1)
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+    return Collecting(
+        policy=policy, value=network, reward=tiny.scalar_model(2), share_frozen=share,
+        sampler=DecodeSampler(max_new_tokens=9, temperature=0.7), tokenizer=tiny.tokenizer(),
+        ppo=PPO(ptx_coef=0.3), optim=Optim(lr=1e-2), micro_batch_tokens=40,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "checkpointing"),
+    [("frozen alike", False), ("frozen alike", True), ("trained whole", False), ("head", False)],
+)
+def test_ppo_learns_the_same_with_shared_blocks_in_fewer_passes(
+    tmp_path: Path, value: str, checkpointing: bool
+) -> None:
+    texts = {"pretraining": [{"text": "w3 w4 w5"}] * 8, "pretraining_batch": 4, "max_pretraining_tokens": 20}
+    runs, passes = [], []
+    for share in (False, True):
+        ppo, count = ppo_of(share, value, checkpointing), [0]
+
+        def counting(*_: Any, count: list[int] = count) -> None:
+            count[0] += 1
+
+        for model in {ppo.policy, ppo.reference, ppo.value.hf}:
+            model.base_model.layers[0].register_forward_hook(counting)
+        torch.manual_seed(0)
+        tiny.fit(ppo, data(**texts), tmp_path / str(share))
+        runs.append(ppo)
+        passes.append(count[0])
+    apart, together = runs
+    assert (together.hydra.depth, apart.hydra.depth) == (2, 0)
+    assert passes[1] < passes[0]
+    for (batch, metrics), (other_batch, other) in zip(apart.seen, together.seen, strict=True):
+        assert torch.equal(batch.episodes.completions.ids, other_batch.episodes.completions.ids)
+        for name in metrics.keys() - {name for name in metrics if name.startswith("speed/")}:
+            torch.testing.assert_close(metrics[name].float(), other[name].float(), rtol=1e-4, atol=1e-6, msg=name)
+    assert float(together.seen[0][1]["policy/ratio_max"]) == 1.0
+    assert float(together.seen[0][1]["rollout/kl"]) == 0.0 < float(together.seen[-2][1].get("rollout/kl", 1.0))
+    ours, theirs = (dict(run.named_parameters()) for run in (together, apart))
+    for name, parameter in ours.items():
+        torch.testing.assert_close(parameter, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
+    assert sum(p.numel() for p in together.parameters()) < sum(p.numel() for p in apart.parameters())
+
+
+def test_it_goes_on_from_a_checkpoint_without_the_shared_weights(tmp_path: Path) -> None:
+    whole, continued = ppo_of(True, "frozen alike"), ppo_of(True, "frozen alike")
+    texts = {"pretraining": [{"text": "w3 w4 w5"}] * 8, "pretraining_batch": 4, "max_pretraining_tokens": 20}
+    saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
+    tiny.fit(whole, data(**texts), tmp_path / "whole", [saved], enable_checkpointing=True)
+    kept = torch.load(tmp_path / "step=1.ckpt", weights_only=True)["state_dict"]
+    assert {name.split(".layers.")[1][0] for name in kept if ".layers." in name} == {"2"}
+    assert not any("embed" in name for name in kept)
+    tiny.fit(continued, data(**texts), tmp_path / "continued", from_checkpoint=tmp_path / "step=1.ckpt")
+    assert (len(whole.seen), len(continued.seen)) == (4, 3)
+    for (name, one), other in zip(whole.named_parameters(), continued.parameters(), strict=True):
+        assert torch.equal(one, other), name
+    assert continued.policy.model.layers[0].mlp.up_proj.weight is continued.value.hf.model.layers[0].mlp.up_proj.weight
+
+
+def test_folders_are_loaded_frozen_and_saved_whole(tmp_path: Path) -> None:
+    save_model(three_blocks(), tiny.tokenizer(), tmp_path / "base")
+    path = str(tmp_path / "base")
+    model = load_causal_lm(path, trained_blocks=1, gradient_checkpointing=True)
+    reward = load_scalar_model(path, trained_blocks=2)
+    calls: list[int] = []
+    model.model.layers[1].register_full_backward_hook(lambda *_: calls.append(1))
+    model(input_ids=torch.tensor([[3, 4]])).logits.sum().backward()
+    assert not calls and model.model.layers[2].mlp.up_proj.weight.grad is not None
+    assert hydra.depth(model) == 2 and hydra.depth(reward.hf) == 1 and reward.head.weight.requires_grad
+    save_model(reward, tiny.tokenizer(), tmp_path / "reward")
+    again = load_scalar_model(str(tmp_path / "reward"), trained_blocks=1)
+    assert hydra.join(model, again.hf)
+    with pytest.raises(ValueError, match=r"trained_blocks: got 1 beside lora, which freezes all weights already"):
+        load_causal_lm(path, trained_blocks=1, lora=LoRA(rank=2))
+    with pytest.raises(ValueError, match=r"trained_blocks: got 1 beside quantise, which freezes all weights already"):
+        load_scalar_model(path, trained_blocks=1, quantise="8bit")
