@@ -115,6 +115,9 @@ class Completions(Record):
     finished: Bool[Tensor, " batch"]
     """True: the response ends with EOS. False: it was cut at the length limit."""
     rows: tuple[dict[str, Any], ...]
+    sampled_logprobs: Float[Tensor, "batch response"] | None = None
+    """log π of each response token at the sampling temperature, as the sampler's own arithmetic had it; None: it does
+    not say. Only to be compared with what is learned from, `Rollout.logprobs`."""
 
     @property
     def lengths(self) -> Int[Tensor, " batch"]:

@@ -293,5 +293,5 @@ def _record(kind: Any, tensors: dict[str, Tensor], rows: tuple[dict[str, Any], .
         elif is_dataclass(item.type):
             values[item.name] = _record(item.type, tensors, rows, f"{prefix}{item.name}.")
         else:
-            values[item.name] = tensors[prefix + item.name]
+            values[item.name] = tensors.get(prefix + item.name)
     return kind(**values)

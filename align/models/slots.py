@@ -112,8 +112,8 @@ class Slots:
         """Writes what a layer computed of whole prompts to the beginnings of their rows."""
         assert self.filling is not None
         rows, source, time = self.filling.rows, self.filling.source, keys.shape[2]
-        for kept, new in zip(self._of(layer, keys), (keys, values), strict=True):
-            kept[rows, :, :time] = new[source]
+        for kept, new in zip(self._of(layer, values), (keys, values), strict=True):
+            kept[rows, :, :time] = new[source].to(kept.dtype)
 
     def put(
         self, layer: int, keys: Float[Tensor, "rows heads one dim"], values: Float[Tensor, "rows heads one dim"]
@@ -123,14 +123,15 @@ class Slots:
         Yields:
             Band after band: its rows, all their keys and values, and the mask.
         """
-        rows, kept = torch.arange(len(keys), device=keys.device), self._of(layer, keys)
+        rows, kept = torch.arange(len(keys), device=keys.device), self._of(layer, values)
         for part, new in zip(kept, (keys, values), strict=True):
-            part[rows, :, self.lengths] = new[:, :, 0]
+            part[rows, :, self.lengths] = new[:, :, 0].to(part.dtype)
         for (start, end, _), mask in zip(self._bands, self._masks, strict=True):
             width = mask.shape[-1]
             yield slice(start, end), kept[0][start:end, :, :width], kept[1][start:end, :, :width], mask
 
     def _of(self, layer: int, like: Float[Tensor, "_ heads _ dim"]) -> list[Float[Tensor, "capacity heads width dim"]]:
+        # Like values: in mixed precision keys, having been rotated, come in float32, and attention rounds them anyway.
         if layer not in self._layers:
             self._layers[layer] = [self._empty(like), self._empty(like)]
         return self._layers[layer]

@@ -25,7 +25,7 @@ from align.models.quantised import Bits
 from align.models.trunk import Adapter, Head, one_pass, reference_of
 from align.modules.base import AlignModule, Stats, gradient_norm
 from align.optim import Optim
-from align.rollout.collect import Scored, response_tokens, reward_scores, token_passes
+from align.rollout.collect import Scored, mismatch, response_tokens, reward_scores, token_passes
 from align.rollout.sampler import Sampler
 from align.types import Completions, Minibatch, Prompts, Rollout, Sequences
 
@@ -372,6 +372,7 @@ class PPOModule(AlignModule):
             "rollout/entropy": masked.masked_mean(rollout.entropies, mask),
             "rollout/response_length": lengths.mean(),
             "rollout/eos_share": rollout.completions.finished.float().mean(),
+            **mismatch(rollout),
             "value/explained_variance": losses.explained_variance(rollout.values, rollout.returns, mask),
             **self._collecting,
         }

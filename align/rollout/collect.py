@@ -14,11 +14,12 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from align.formulas.masked import masked_mean
 from align.models import adapters, forward, sharding
 from align.models.heads import ScalarModel
 from align.models.hydra import Hydra
 from align.models.trunk import one_pass
-from align.types import Completions, Record
+from align.types import Completions, Record, Rollout
 
 
 @dataclass(frozen=True)
@@ -165,3 +166,15 @@ def reward_scores(reward: ScalarModel, completions: Completions, micro_batch_tok
 def response_tokens(part: Completions) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time"]]:
     """Ids without common padding, and where the response tokens are: what every pass over a micro-batch takes."""
     return forward.fitted(part.ids, part.lengths), forward.fitted(part.token_mask, part.lengths)
+
+
+def mismatch(rollout: Rollout) -> dict[str, Float[Tensor, ""]]:
+    """How far the sampler's log-probabilities are from those of π_old that the update uses, in nats a token.
+
+    Nothing if the sampler does not say what it sampled from.
+    """
+    sampled = rollout.completions.sampled_logprobs
+    if sampled is None:
+        return {}
+    apart = ((sampled - rollout.logprobs) * rollout.mask).abs()
+    return {"rollout/mismatch": masked_mean(apart, rollout.mask), "rollout/mismatch_max": apart.max()}

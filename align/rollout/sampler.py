@@ -17,7 +17,7 @@ import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -83,15 +83,24 @@ class DecodeSampler(BatchSampler):
     Attributes:
         slots: Keeps keys and values in rows of their own lengths where the model allows it, else in transformers'
             cache. The same to rounding.
+        dtype: In which it computes; null: as the trainer does. What is learned from is computed as the trainer does in
+            any case; the metric `rollout/mismatch` says how far apart the two are.
     """
 
     slots: bool = True
+    dtype: Literal["float32", "bfloat16"] | None = None
 
     def __call__(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
         """See `Sampler`."""
-        if not (self.slots and decode.able(policy, prompts.device)):
-            return super().__call__(policy, prompts)
-        return _in_batches(self._write, policy, prompts, len(prompts.ids))
+        with self._arithmetic(prompts.device.type):
+            if not (self.slots and decode.able(policy, prompts.device)):
+                return super().__call__(policy, prompts)
+            return _in_batches(self._write, policy, prompts, len(prompts.ids))
+
+    def _arithmetic(self, device: str) -> contextlib.AbstractContextManager[object]:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        return torch.autocast(device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
 
     def _write(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
         """Answers prompts, longest first, `batch_size` at a time."""
@@ -105,7 +114,7 @@ class DecodeSampler(BatchSampler):
             running = batch.running()
             going = int(running.sum())
             if going + count - begun == 0:
-                return _joined(prompts, batch.tokens, batch.written, batch.finished)
+                return _joined(prompts, batch.tokens, batch.written, batch.finished, batch.logprobs)
             if going < LEAVE_AT * max(len(running), 1) or slots.full:
                 new = torch.arange(begun, min(count, begun + self.batch_size - going), device=device)
                 begun += len(new)
@@ -121,7 +130,7 @@ class DecodeSampler(BatchSampler):
                 decode.fill(policy, prompts.ids[own], prompts.lengths[own] - 1, slots, fresh)
             logits = decode.next_logits(policy, token, slots).float()
             token = draw(logits, self.temperature, points[batch.row, batch.step()])
-            batch.put(token, torch.isin(token, stops))
+            batch.put(token, torch.isin(token, stops), logprobs_of(logits, self.temperature, token))
 
     def _answer(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
         """With transformers' cache: prompts padded on the left."""
@@ -139,11 +148,12 @@ class DecodeSampler(BatchSampler):
                 use_cache=True,
                 logits_to_keep=1,
             )
-            token = draw(out.logits[:, -1].float(), self.temperature, points[batch.row, batch.step()])
-            batch.put(token, torch.isin(token, stops))
+            logits = out.logits[:, -1].float()
+            token = draw(logits, self.temperature, points[batch.row, batch.step()])
+            batch.put(token, torch.isin(token, stops), logprobs_of(logits, self.temperature, token))
             running = batch.running()
             if not running.any():
-                return _joined(prompts, batch.tokens, batch.written, batch.finished)
+                return _joined(prompts, batch.tokens, batch.written, batch.finished, batch.logprobs)
             if running.float().mean() < LEAVE_AT:
                 keep = running.nonzero()[:, 0]
                 cache.batch_select_indices(keep)
@@ -197,6 +207,15 @@ def draw(
     return hit.clamp_max(logits.shape[1] - 1)
 
 
+def logprobs_of(
+    logits: Float[Tensor, "batch vocab"], temperature: float, tokens: Int[Tensor, " batch"]
+) -> Float[Tensor, " batch"]:
+    """log softmax(logits / temperature) at the tokens; 0 at temperature 0, where the likeliest token is certain."""
+    if temperature == 0.0:
+        return torch.zeros(len(tokens), device=logits.device)
+    return -torch.nn.functional.cross_entropy(logits / temperature, tokens, reduction="none")
+
+
 def _points(prompts: Prompts, limit: int) -> Float[Tensor, "batch limit"]:
     """The random numbers of each response, one a token."""
     shape = {"dtype": torch.float64, "device": prompts.ids.device}
@@ -214,6 +233,7 @@ class _Writing:
     tokens: Int[Tensor, "batch limit"]
     written: Int[Tensor, " batch"]
     finished: Bool[Tensor, " batch"]
+    logprobs: Float[Tensor, "batch limit"]
     row: Int[Tensor, " running"] = field(repr=False)
 
     @classmethod
@@ -222,6 +242,7 @@ class _Writing:
             tokens=torch.zeros(size, limit, dtype=torch.long, device=device),
             written=torch.zeros(size, dtype=torch.long, device=device),
             finished=torch.zeros(size, dtype=torch.bool, device=device),
+            logprobs=torch.zeros(size, limit, device=device),
             row=torch.arange(size, device=device),
         )
 
@@ -233,11 +254,14 @@ class _Writing:
         """How many tokens each row of the batch has; of a row that is done, some number in range."""
         return self.written[self.row].clamp_max(self.tokens.shape[1] - 1)
 
-    def put(self, token: Int[Tensor, " running"], stop: Bool[Tensor, " running"]) -> None:
+    def put(
+        self, token: Int[Tensor, " running"], stop: Bool[Tensor, " running"], logprobs: Float[Tensor, " running"]
+    ) -> None:
         """Writes one token to every response that is not done."""
         running = self.running()
         row, token, stop = self.row[running], token[running], stop[running]
         self.tokens[row, self.written[row]] = token
+        self.logprobs[row, self.written[row]] = logprobs[running]
         self.written[row] += 1
         self.finished[row] = stop
 
@@ -264,6 +288,7 @@ def _joined(
     tokens: Int[Tensor, "batch limit"],
     written: Int[Tensor, " batch"],
     finished: Bool[Tensor, " batch"],
+    logprobs: Float[Tensor, "batch limit"] | None = None,
 ) -> Completions:
     """Prompt and response in one right-padded row."""
     total = prompts.lengths + written
@@ -273,7 +298,12 @@ def _joined(
     behind = (place - prompts.lengths[:, None]).clamp(0, tokens.shape[1] - 1)
     ids = torch.where(in_prompt, from_prompt, tokens.gather(1, behind)) * in_response
     return Completions(
-        ids=ids, prompt_lengths=prompts.lengths, response_lengths=written, finished=finished, rows=prompts.rows
+        ids=ids,
+        prompt_lengths=prompts.lengths,
+        response_lengths=written,
+        finished=finished,
+        rows=prompts.rows,
+        sampled_logprobs=None if logprobs is None else logprobs[:, : int(written.max())],
     )
 
 

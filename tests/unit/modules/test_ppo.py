@@ -1,5 +1,6 @@
 """PPO: identities at step 0, gradients that do not depend on cutting, ptx, the EOS rules, and that it learns."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from align.models.attention import use_attend
 from align.models.heads import ScalarModel
 from align.modules.ppo import PPO, PPOModule
 from align.optim import Optim
+from align.rollout.collect import mismatch
 from align.rollout.sampler import DecodeSampler
 from align.types import Completions, Minibatch, Rollout, Sequences
 
@@ -104,6 +106,20 @@ def test_scores_are_the_reward_models_on_the_whole_text(run: tuple[Collecting, P
             torch.testing.assert_close(rollout.scores[row], ppo.reward.hf.score(hidden)[0], rtol=1e-4, atol=1e-5)
 
 
+def test_it_is_told_how_far_the_sampler_is_from_what_is_learned(run: tuple[Collecting, Path]) -> None:
+    ppo, folder = run
+    rollout = ppo.seen[4][0].fresh  # in which some responses end early
+    assert rollout is not None and rollout.completions.sampled_logprobs is not None
+    assert max(tiny.logged(folder, "rollout/mismatch_max")) < 1e-4 and min(tiny.logged(folder, "rollout/mismatch")) > 0
+    shifted = rollout.completions.sampled_logprobs + 1.0  # outside the responses too
+    shifted[0, 0] -= 3.0
+    off = replace(rollout, completions=replace(rollout.completions, sampled_logprobs=shifted))
+    count = int(rollout.mask.sum())
+    assert float(mismatch(off)["rollout/mismatch"]) == pytest.approx((count + 1) / count, rel=1e-4)
+    assert float(mismatch(off)["rollout/mismatch_max"]) == pytest.approx(2.0, rel=1e-4)
+    assert mismatch(replace(rollout, completions=replace(rollout.completions, sampled_logprobs=None))) == {}
+
+
 def test_nothing_is_kept_outside_the_response(run: tuple[Collecting, Path]) -> None:
     rollout = run[0].seen[4][0].fresh  # the second one, in which some responses end early
     assert rollout is not None and not rollout.mask.all()
@@ -114,8 +130,6 @@ def test_nothing_is_kept_outside_the_response(run: tuple[Collecting, Path]) -> N
 
 def stale(rollout: Rollout) -> Rollout:
     """As if the policy had moved since: ratios and values on both sides of the clip."""
-    from dataclasses import replace
-
     shift = torch.linspace(-0.5, 0.5, rollout.mask.numel()).reshape(rollout.mask.shape) * rollout.mask
     return replace(rollout, logprobs=rollout.logprobs + shift, values=rollout.values + shift)
 

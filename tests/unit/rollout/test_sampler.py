@@ -1,6 +1,7 @@
 """Both engines answer alike; what they sample from is the model's own distribution."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import tiny
@@ -165,3 +166,47 @@ def test_sampled_tokens_have_finite_logprobs_under_the_same_distribution() -> No
     with torch.no_grad():
         flat = forward.token_logprobs(model, out.ids, out.token_mask, 0.7)
     assert len(flat) == int(out.response_lengths.sum()) and bool((flat > -20).all())
+
+
+@pytest.mark.parametrize("slots", [True, False])
+def test_it_says_what_probability_its_tokens_had(slots: bool) -> None:
+    model = tiny.llama(initializer_range=0.1).eval()
+    use_attend(model)
+    prompts = tiny.prompts([4, 8, 2, 5, 3])
+    torch.manual_seed(0)
+    found = DecodeSampler(max_new_tokens=12, temperature=0.7, batch_size=2, slots=slots)(model, prompts)
+    assert found.sampled_logprobs is not None and found.sampled_logprobs.shape == found.mask.shape
+    with torch.no_grad():
+        flat = forward.token_logprobs(model, found.ids, found.token_mask, 0.7)
+    torch.testing.assert_close(found.sampled_logprobs[found.mask], flat, rtol=1e-4, atol=1e-5)
+    assert not found.sampled_logprobs[~found.mask].any()
+    greedy = DecodeSampler(max_new_tokens=3, temperature=0.0, slots=slots)(model, prompts).sampled_logprobs
+    assert greedy is not None and not greedy.any()
+    assert GenerateSampler(max_new_tokens=3)(model, prompts).sampled_logprobs is None
+
+
+@pytest.mark.parametrize("slots", [True, False])
+def test_it_computes_in_the_arithmetic_it_is_told(slots: bool) -> None:
+    model = tiny.llama(initializer_range=0.1).eval()
+    use_attend(model)
+    prompts = replace(tiny.prompts([4, 8, 2, 5]), seeds=seeds.derive_all(3, "sample", range(4)))
+
+    def apart(dtype: Any, mixed: bool = False) -> float:
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=mixed):
+            found = DecodeSampler(max_new_tokens=6, slots=slots, dtype=dtype)(model, prompts)
+        with torch.no_grad():
+            flat = forward.token_logprobs(model, found.ids, found.token_mask)
+        assert found.sampled_logprobs is not None
+        return float((found.sampled_logprobs[found.mask] - flat).abs().mean())
+
+    assert apart(None) < 1e-5 and apart("float32", mixed=True) < 1e-5
+    assert 1e-4 < apart("bfloat16") < 0.05
+    assert 1e-4 < apart(None, mixed=True) < 0.05
+    assert all(parameter.dtype == torch.float32 for parameter in model.parameters())
+
+
+def test_slots_serve_mixed_precision_too() -> None:
+    model = tiny.llama(initializer_range=0.1).eval()
+    use_attend(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert decode.able(model, torch.device("cpu"))
