@@ -177,10 +177,14 @@ class Minibatch(Record):
     """The whole rollout, with the first minibatch made from it, for callbacks; None with the others."""
     iteration: int
     """How many rollouts were collected before this one."""
+    whole: Rollout
+    """The rollout that the episodes are from."""
+    index: Int[Tensor, " batch"]
+    """Which of its rows they are."""
 
     def to(self, device: torch.device | str) -> "Minibatch":
         """What is learned from on `device`; the whole rollout stays where it is."""
-        return replace(super().to(device), fresh=self.fresh)
+        return replace(super().to(device), fresh=self.fresh, whole=self.whole)
 
 
 def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

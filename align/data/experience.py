@@ -214,12 +214,14 @@ class ExperienceLoader:
             self._rollout, self._saved = None, {}  # free the old one before the new one is made
             own, share = self._prompts_of(iteration, self.rank, self.world_size), self.minibatch // self.world_size
             self._rollout = self.collect(own, iteration, share)
-        rollout = self._rollout
+        rollout, index = self._rollout, self._episodes(iteration, cursor)
         batch = Minibatch(
-            episodes=rollout.rows_at(self._episodes(iteration, cursor)),
+            episodes=rollout.rows_at(index),
             pretraining=self._pretraining(self.step),
             fresh=rollout if fresh else None,
             iteration=iteration,
+            whole=rollout,
+            index=index,
         )
         self.step += 1
         return batch

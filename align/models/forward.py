@@ -126,9 +126,10 @@ def token_logprobs_and_values(
     ids: Int[Tensor, "batch time"],
     mask: Bool[Tensor, "batch time"],
     temperature: float = 1.0,
+    below: Below | None = None,
 ) -> tuple[Float[Tensor, " tokens"], Float[Tensor, " tokens"]]:
     """`token_logprobs` and `token_values` of a value head on the model itself, in one pass if the model allows it."""
-    return _with_values(model, value, ids, mask, temperature, _logprobs_of)
+    return _with_values(model, value, ids, mask, temperature, _logprobs_of, below)
 
 
 def token_logprobs_entropies_and_values(

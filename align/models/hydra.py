@@ -10,7 +10,7 @@ that are not to be computed.
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -34,6 +34,10 @@ class Below:
 
     hidden: Float[Tensor, "batch time d"]
     depth: int
+
+    def rows_at(self, index: Int[Tensor, " picked"], width: int) -> "Below":
+        """Those of the picked rows, as far as their first `width` tokens."""
+        return replace(self, hidden=self.hidden[index.to(self.hidden.device), :width])
 
 
 @dataclass(frozen=True)

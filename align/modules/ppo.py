@@ -18,14 +18,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align import distributed, interrupt, seeds
 from align.formulas import losses, masked, returns
-from align.models import forward, hydra, sharding
+from align.models import forward, sharding
 from align.models.heads import ScalarModel
+from align.models.hydra import Below, Hydra, grow
 from align.models.load import frozen
 from align.models.quantised import Bits
 from align.models.trunk import Adapter, Head, one_pass, reference_of
 from align.modules.base import AlignModule, Stats, gradient_norm
 from align.optim import Optim
-from align.rollout.collect import Scored, mismatch, response_tokens, reward_scores, token_passes
+from align.rollout.collect import FrozenStates, Scored, mismatch, response_tokens, reward_scores, token_passes
 from align.rollout.sampler import Sampler
 from align.types import Completions, Minibatch, Prompts, Rollout, Sequences
 
@@ -138,7 +139,7 @@ class PPOModule(AlignModule):
         self.value = value.on(policy, "value", trained=True) if isinstance(value, Head | Adapter) else value
         self.reward = frozen(reward.on(policy, "reward", trained=False) if isinstance(reward, Adapter) else reward)
         self.share_frozen = share_frozen
-        self.hydra = hydra.Hydra(policy)
+        self.frozen = FrozenStates(Hydra(policy), micro_batch_tokens)
         self.sampler = sampler
         self.ppo = ppo
         self.value_lr = value_lr
@@ -162,9 +163,10 @@ class PPOModule(AlignModule):
         """See `AlignModule`; then what networks have frozen alike is shared."""
         super().configure_model()
         others = {"reference": self.reference, "value": self.value.hf, "reward": self.reward.hf}
-        self.hydra, names = hydra.grow(self.policy, others if self.share_frozen else {})
+        hydra, names = grow(self.policy, others if self.share_frozen else {})
+        self.frozen = FrozenStates(hydra, self.micro_batch_tokens)
         if names:
-            rank_zero_info(f"{self.hydra.depth} frozen blocks are one for policy, {', '.join(names)}")
+            rank_zero_info(f"{hydra.depth} frozen blocks are one for policy, {', '.join(names)}")
 
     def on_fit_start(self) -> None:
         """Sees to it that text is there if and only if the objective has a pretraining term.
@@ -230,7 +232,8 @@ class PPOModule(AlignModule):
                     temperature=self.sampler.temperature,
                     minibatch=minibatch,
                     micro_batch_tokens=self.micro_batch_tokens,
-                    hydra=self.hydra,
+                    hydra=self.frozen.hydra,
+                    states=self.frozen.of_rollout(completions, iteration, minibatch),
                 )
             scores = self._with_eos_rule(self.score(completions), completions.finished)
         everyone = distributed.whole(Scored(completions=completions, passes=passes, scores=scores))
@@ -289,33 +292,40 @@ class PPOModule(AlignModule):
             stats |= self.accumulate(self.pretraining_losses(batch.pretraining))
             stats["grad_norm/ptx"] = gradient_norm(self.policy.parameters(), summed=False)
             tokens += int(batch.pretraining.lengths.sum())
-        stats |= self.accumulate(self.ppo_losses(batch.episodes))
+        # Several ranks learn from all ranks' episodes; they compute again what they would have to send each other.
+        states = self.frozen.of(batch) if self.trainer.world_size == 1 else None
+        stats |= self.accumulate(self.ppo_losses(batch.episodes, states))
         stats |= self.step()
         shown = ("rollout/score", "rollout/kl", "rollout/response_length")
         self.report(stats, tokens=tokens, bar=shown, always=batch.fresh is not None)
         return {"metrics": stats, "rollout": batch.fresh}
 
-    def ppo_losses(self, episodes: Rollout) -> Iterator[tuple[Tensor, Stats]]:
-        """Clipped policy and value losses of a minibatch in micro-batches, divided by the whole minibatch's tokens."""
-        count = distributed.total(episodes.mask.sum())
+    def ppo_losses(self, episodes: Rollout, states: Below | None = None) -> Iterator[tuple[Tensor, Stats]]:
+        """Clipped policy and value losses of a minibatch in micro-batches, divided by the whole minibatch's tokens.
+
+        Args:
+            episodes: This rank's part of it.
+            states: What the frozen blocks give for them, if that is known.
+        """
+        hydra, count = self.frozen.hydra, distributed.total(episodes.mask.sum())
         if self.ppo.whiten_advantages:
             episodes = replace(episodes, advantages=self._whitened(episodes, count))
         groups = forward.micro_batches(episodes.completions.lengths, self.micro_batch_tokens)
-        for part in self.parts(episodes, groups):
+        for number, part in enumerate(self.parts(episodes, groups)):
             ids, scored = response_tokens(part.completions)
+            below = hydra.below(ids) if states is None else states.rows_at(groups[number], ids.shape[1])
             if one_pass(self.value):
                 logprobs, values = forward.token_logprobs_and_values(
-                    self.policy, self.value, ids, scored, self.sampler.temperature
+                    self.policy, self.value, ids, scored, self.sampler.temperature, below
                 )
                 policy_loss, policy_stats = self.policy_piece(logprobs, part, count)
                 value_loss, value_stats = self.value_piece(values, part, count)
                 yield policy_loss + value_loss, policy_stats | value_stats
             else:  # one graph after the other: less memory
-                states = self.hydra.below(ids)
-                logprobs = forward.token_logprobs(self.policy, ids, scored, self.sampler.temperature, states)
+                logprobs = forward.token_logprobs(self.policy, ids, scored, self.sampler.temperature, below)
                 yield self.policy_piece(logprobs, part, count)
                 with self.value.in_use():
-                    values = forward.token_values(self.value, ids, scored, self.hydra.given(self.value.hf, states))
+                    values = forward.token_values(self.value, ids, scored, hydra.given(self.value.hf, below))
                     yield self.value_piece(values, part, count)
 
     def policy_piece(self, logprobs: Float[Tensor, " tokens"], part: Rollout, count: Tensor) -> tuple[Tensor, Stats]:

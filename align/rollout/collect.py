@@ -17,9 +17,9 @@ from transformers import PreTrainedModel
 from align.formulas.masked import masked_mean
 from align.models import adapters, forward, sharding
 from align.models.heads import ScalarModel
-from align.models.hydra import Hydra
+from align.models.hydra import Below, Hydra, below
 from align.models.trunk import one_pass
-from align.types import Completions, Record, Rollout
+from align.types import Completions, Minibatch, Record, Rollout
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,52 @@ class Scored(Record):
     """After the missing-EOS rule."""
 
 
+class FrozenStates:
+    """What frozen blocks give for the episodes of a rollout, kept for as long as they are learned from.
+
+    Args:
+        hydra: Which networks go on from there.
+        micro_batch_tokens: See `AlignModule`.
+    """
+
+    def __init__(self, hydra: Hydra, micro_batch_tokens: int) -> None:
+        self.hydra, self.micro_batch_tokens = hydra, micro_batch_tokens
+        self._kept: tuple[int, Below | None] = -1, None
+
+    def of_rollout(self, completions: Completions, iteration: int, minibatch: int) -> Below | None:
+        """Those of all episodes, in minibatches of this size; None where networks have no frozen blocks in common."""
+        if self._kept[0] != iteration:
+            self._kept = -1, None  # free the old ones before the new ones are made
+            self._kept = iteration, self._computed(completions, minibatch) if self.hydra.depth else None
+        return self._kept[1]
+
+    def of(self, batch: Minibatch) -> Below | None:
+        """Those of a minibatch; after a restart they are computed once more, in the same micro-batches."""
+        whole = batch.whole.completions
+        states = self.of_rollout(whole.to(batch.episodes.device), batch.iteration, len(batch.index))
+        return states and states.rows_at(batch.index, whole.ids.shape[1])
+
+    def _computed(self, completions: Completions, minibatch: int) -> Below:
+        groups = _groups(completions, minibatch, self.micro_batch_tokens)
+        hidden: Tensor | None = None
+        for picked in groups:
+            ids, _ = response_tokens(completions.rows_at(picked))
+            part = below(self.hydra.policy, ids, self.hydra.depth).hidden
+            hidden = part.new_zeros(*completions.ids.shape, part.shape[-1]) if hidden is None else hidden
+            hidden[picked, : ids.shape[1]] = part
+        assert hidden is not None
+        return Below(hidden, self.hydra.depth)
+
+
+def _groups(completions: Completions, minibatch: int, micro_batch_tokens: int) -> list[Int[Tensor, " _"]]:
+    """The micro-batches in which the first epoch of the update will see the episodes."""
+    return [
+        rows[part]
+        for rows in torch.arange(completions.size).split(minibatch)
+        for part in forward.micro_batches(completions.lengths[rows], micro_batch_tokens)
+    ]
+
+
 def token_passes(
     completions: Completions,
     *,
@@ -51,7 +97,8 @@ def token_passes(
     temperature: float,
     minibatch: int,
     micro_batch_tokens: int,
-    hydra: Hydra | None = None,
+    hydra: Hydra,
+    states: Below | None = None,
 ) -> TokenPasses:
     """Policy, reference and value network over every episode.
 
@@ -63,72 +110,52 @@ def token_passes(
         temperature: The one the responses were sampled at.
         minibatch: Episodes in a minibatch.
         micro_batch_tokens: See `AlignModule`.
-        hydra: Which of them have frozen blocks in common, computed once.
+        hydra: Which of them have frozen blocks in common.
+        states: What those blocks give for the episodes: `FrozenStates`.
     """
-    own = torch.arange(completions.size).split(minibatch)
-    groups = [
-        rows[part] for rows in own for part in forward.micro_batches(completions.lengths[rows], micro_batch_tokens)
-    ]
-    over_all = functools.partial(_over_all, completions, groups)
-    if hydra is not None and hydra.depth and reference is not None:
-        every = functools.partial(_every_pass, hydra, policy, reference, value, temperature)
-        logprobs, entropies, values, ref_logprobs = over_all(policy, every, needed=False)
-        return TokenPasses(logprobs=logprobs, entropies=entropies, values=values, ref_logprobs=ref_logprobs)
+    groups = _groups(completions, minibatch, micro_batch_tokens)
+    over_all = functools.partial(_over_all, completions, groups, states)
     other = policy if reference is None else reference
     found: dict[str, Tensor] = {}
     together = one_pass(value)
     if together:
         found["logprobs"], found["entropies"], found["values"] = over_all(
             policy,
-            lambda ids, scored: forward.token_logprobs_entropies_and_values(policy, value, ids, scored, temperature),
+            lambda ids, scored, below: forward.token_logprobs_entropies_and_values(
+                policy, value, ids, scored, temperature, below
+            ),
             needed=other is policy,
         )
     else:
         found["logprobs"], found["entropies"] = over_all(
             policy,
-            lambda ids, scored: forward.token_logprobs_and_entropies(policy, ids, scored, temperature),
+            lambda ids, scored, below: forward.token_logprobs_and_entropies(policy, ids, scored, temperature, below),
             needed=policy in (other, value.hf),
         )
     with adapters.using(policy, None) if reference is None else contextlib.nullcontext():
         (found["ref_logprobs"],) = over_all(
             other,
-            lambda ids, scored: (forward.token_logprobs(other, ids, scored, temperature),),
+            lambda ids, scored, below: (
+                forward.token_logprobs(other, ids, scored, temperature, hydra.given(other, below)),
+            ),
             needed=other is value.hf and not together,
         )
     if not together:
         with value.in_use():
             (found["values"],) = over_all(
-                value.hf, lambda ids, scored: (forward.token_values(value, ids, scored),), needed=False
+                value.hf,
+                lambda ids, scored, below: (forward.token_values(value, ids, scored, hydra.given(value.hf, below)),),
+                needed=False,
             )
     return TokenPasses(**found)
-
-
-def _every_pass(
-    hydra: Hydra,
-    policy: PreTrainedModel,
-    reference: PreTrainedModel,
-    value: ScalarModel,
-    temperature: float,
-    ids: Int[Tensor, "batch time"],
-    scored: Bool[Tensor, "batch time"],
-) -> tuple[Tensor, ...]:
-    """Log-probabilities, entropies, values and the reference's log-probabilities of a micro-batch."""
-    states = hydra.below(ids)
-    if one_pass(value):
-        own = forward.token_logprobs_entropies_and_values(policy, value, ids, scored, temperature, states)
-    else:
-        own = (
-            *forward.token_logprobs_and_entropies(policy, ids, scored, temperature, states),
-            forward.token_values(value, ids, scored, hydra.given(value.hf, states)),
-        )
-    return *own, forward.token_logprobs(reference, ids, scored, temperature, hydra.given(reference, states))
 
 
 def _over_all(
     completions: Completions,
     groups: Sequence[Int[Tensor, " _"]],
+    states: Below | None,
     model: nn.Module,
-    function: Callable[[Tensor, Tensor], tuple[Tensor, ...]],
+    function: Callable[[Tensor, Tensor, Below | None], tuple[Tensor, ...]],
     *,
     needed: bool,
 ) -> list[Float[Tensor, "batch response"]]:
@@ -137,14 +164,16 @@ def _over_all(
     Args:
         completions: The episodes.
         groups: Micro-batches of them.
+        states: Of the frozen blocks, for every episode.
         model: What computes; if it is sharded it is gathered once for all of them.
-        function: (ids, where the response is) -> values of the response tokens, row after row.
+        function: (ids, where the response is, states) -> values of the response tokens, row after row.
         needed: It stays gathered if it was, for a later pass.
     """
     mask, found = completions.mask, []
     with sharding.gathered(model):
         for picked in groups:
-            values = function(*response_tokens(completions.rows_at(picked)))
+            ids, scored = response_tokens(completions.rows_at(picked))
+            values = function(ids, scored, states and states.rows_at(picked, ids.shape[1]))
             found = found or [torch.zeros(mask.shape, device=mask.device) for _ in values]
             for out, flat in zip(found, values, strict=True):
                 out[picked] = forward.by_response(flat, mask[picked])

@@ -177,7 +177,7 @@ def rollout_of(ppo: Collecting, episodes: Any) -> Any:
     with torch.no_grad():
         passes = token_passes(
             episodes, policy=ppo.policy, reference=ppo.reference, value=ppo.value, temperature=0.7, minibatch=3,
-            micro_batch_tokens=40,
+            micro_batch_tokens=40, hydra=ppo.frozen.hydra,
         )  # fmt: skip
         scored = Scored(completions=episodes, passes=passes, scores=torch.tensor([1.0, -1.0, 0.5]))
         ppo._collecting = {}

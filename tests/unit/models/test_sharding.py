@@ -9,6 +9,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from align.models import deferred, forward, load, sharding
+from align.models.hydra import Hydra
 from align.rollout.collect import token_passes
 
 
@@ -73,7 +74,7 @@ def test_each_model_is_gathered_once_and_freed_before_the_next(alone, monkeypatc
     with torch.no_grad(), sharding.gathered(policy):
         token_passes(
             tiny.completions([4, 3], [3, 5]), policy=policy, reference=reference, value=value, temperature=1.0,
-            minibatch=1, micro_batch_tokens=64,
+            minibatch=1, micro_batch_tokens=64, hydra=Hydra(policy),
         )  # fmt: skip
         assert sharding.is_sharded(policy)
     assert counts == [1, 1, 1]
