@@ -25,20 +25,24 @@ class Record:
     """What every record can do: move between devices, take rows. Subclasses are frozen dataclasses."""
 
     def to(self: Same, device: torch.device | str) -> Same:
-        """The same record with every tensor on `device`."""
-        own = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore
-        moved = {name: value.to(device) for name, value in own.items() if isinstance(value, Tensor | Record)}
-        return replace(self, **moved)  # type: ignore
+        """The same record with every tensor on `device`; to a GPU without waiting, if it is in pinned memory."""
+        ahead = torch.device(device).type == "cuda"
+        moved: dict[str, Any] = {name: value.to(device, non_blocking=ahead) for name, value in self._tensors().items()}
+        return replace(self, **moved | {name: record.to(device) for name, record in self._records().items()})  # type: ignore
+
+    def pin_memory(self: Same) -> Same:
+        """The same record in memory from which a GPU reads by itself. Called by torch's loaders, where there is one."""
+        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in self._tensors().items()}
+        return replace(self, **pinned | {name: record.pin_memory() for name, record in self._records().items()})  # type: ignore
 
     def rows_at(self: Same, index: Int[Tensor, " picked"]) -> Same:
         """The record of the picked rows; tensors, and `rows` where there are any, are indexed alike."""
         picked: dict[str, Any] = {name: value[index.to(value.device)] for name, value in self._tensors().items()}
+        picked |= {name: record.rows_at(index) for name, record in self._records().items()}
         for item in fields(self):  # type: ignore
             value = getattr(self, item.name)
             if isinstance(value, tuple):
                 picked[item.name] = tuple(value[i] for i in index.tolist())
-            elif isinstance(value, Record):
-                picked[item.name] = value.rows_at(index)
         return replace(self, **picked)  # type: ignore
 
     @property
@@ -51,9 +55,13 @@ class Record:
         """The number of rows."""
         return len(next(named_tensors(self))[1])
 
-    def _tensors(self) -> dict[str, Any]:
+    def _tensors(self) -> dict[str, Tensor]:
         own = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore
         return {name: value for name, value in own.items() if isinstance(value, Tensor)}
+
+    def _records(self) -> dict[str, "Record"]:
+        own = {item.name: getattr(self, item.name) for item in fields(self)}  # type: ignore
+        return {name: value for name, value in own.items() if isinstance(value, Record)}
 
 
 AnyRecord = TypeVar("AnyRecord", bound=Record)
@@ -184,7 +192,8 @@ class Minibatch(Record):
 
     def to(self, device: torch.device | str) -> "Minibatch":
         """What is learned from on `device`; the whole rollout stays where it is."""
-        return replace(super().to(device), fresh=self.fresh, whole=self.whole)
+        text = None if self.pretraining is None else self.pretraining.to(device)
+        return replace(self, episodes=self.episodes.to(device), pretraining=text, index=self.index.to(device))
 
 
 def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

@@ -120,6 +120,7 @@ class Loader:
             collate_fn=self.collate,
             num_workers=self.num_workers,
             generator=unused,
+            pin_memory=torch.cuda.is_available(),
         )
         for position, (own, batch) in enumerate(zip(rest, loader, strict=True), start=start + 1):
             self.position = position

@@ -49,15 +49,18 @@ def reward(size: Size, comparisons: Iterable[tuple[int, Sequence[int]]]) -> int:
     )  # fmt: skip
 
 
-def ppo_update(size: Size, episodes: Iterable[tuple[int, int]], epochs: int, networks: int = 2) -> int:
-    """So many epochs over episodes of (prompt, response) tokens; two networks: a policy and a value network."""
+def ppo_update(size: Size, episodes: Iterable[tuple[int, int]], epochs: int, networks: float = 2) -> int:
+    """So many epochs over episodes of (prompt, response) tokens; two networks: a policy and a value network.
+
+    Of networks in which only some blocks learn, only those count: what the others give is known from the rollout.
+    """
     one_epoch = sum(
         networks * trunk(size, prompt + own, causal(prompt + own)) + head(size, own) for prompt, own in episodes
     )  # fmt: skip
-    return TRAINING * epochs * one_epoch
+    return int(TRAINING * epochs * one_epoch)
 
 
-def of(kind: str, work: Work, networks: int = 2) -> int:
+def of(kind: str, work: Work, networks: float = 2) -> int:
     """What one turn of a kind of work needs; of PPO, only its updates of so many networks."""
     if kind == "sft":
         return sft(work.size, [(len(row["prompt"]), len(row["response"])) for row in work.demonstrations])

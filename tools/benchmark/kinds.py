@@ -20,7 +20,7 @@ class Contender:
         module: In this package; its `prepare` loads what is needed.
         settings: What `prepare` may be told; the fastest of several is taken.
         requirement: What its environment has beside this one's packages; None: nothing.
-        networks: That learn in PPO.
+        networks: Whose blocks learn in PPO; half of one's blocks are half a network.
     """
 
     name: str
@@ -28,7 +28,7 @@ class Contender:
     module: str
     settings: tuple[str, ...] = ("",)
     requirement: str | None = None
-    networks: int = 2
+    networks: float = 2
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,8 @@ KINDS: Mapping[str, Kind] = {
         contenders=(
             Contender("ours", OURS, "ours", ("separate networks",)),
             Contender("ours, one trunk", OURS, "ours", ("one trunk",), networks=1),
+            Contender("ours, half frozen", OURS, "ours", ("half frozen",), networks=1),
+            Contender("ours, trunk half frozen", OURS, "ours", ("trunk half frozen",), networks=0.5),
             Contender("plain loop", PLAIN, "plain"),
             Contender("TRL", TRL, "trl_ppo", ("defaults", "all at once"), PPO_TRL),
         ),

@@ -31,8 +31,8 @@ from tools.benchmark import work as common
 from tools.benchmark.protocol import Turn
 from tools.benchmark.work import PAD, Size, Work
 
-SEPARATE, TRUNK = "separate networks", "one trunk"
-"""Settings of PPO: a value network of its own, or a head on the policy."""
+SEPARATE, TRUNK, FROZEN, BOTH = "separate networks", "one trunk", "half frozen", "trunk half frozen"
+"""Settings of PPO: a value network of its own or a head on the policy, and whether only half of the blocks learn."""
 
 GROWTH_STEPS = 3
 """Optimizer steps for each point of the growth curves; the first warms up."""
@@ -164,9 +164,15 @@ def _reward(work: Work, count: int) -> Callable[[], Turn]:
 
 def _ppo(work: Work, setting: str) -> Callable[[], Turn]:
     size, tokenizer = work.size, load_tokenizer(work.policy)
+    trained = size.layers // 2 if setting in (FROZEN, BOTH) else None
+    policy, value = load_causal_lm(work.policy, trained_blocks=trained), None
+    if setting not in (TRUNK, BOTH):
+        value = load_scalar_model(work.reward, trained_blocks=trained)
+    if setting == FROZEN and value is not None:  # as if the reward model had been trained like that, from the policy
+        value.hf.base_model.load_state_dict(policy.base_model.state_dict())
     module = PPOModule(
-        policy=load_causal_lm(work.policy),
-        value=Head() if setting == TRUNK else load_scalar_model(work.reward),
+        policy=policy,
+        value=value or Head(),
         reward=load_scalar_model(work.reward),
         sampler=DecodeSampler(max_new_tokens=size.response.high),
         tokenizer=tokenizer,

@@ -14,8 +14,8 @@ from tools.benchmark.kinds import KINDS
 from tools.e2e.plots import INK, PALE, Draw, save
 
 COLOURS: Mapping[str, str] = {
-    "ours": "#1b8a6b", "ours, one trunk": "#7cc0aa", "ours, by generate": "#7cc0aa", "plain loop": "#9aa0a6",
-    "TRL": "#e08a1e", "TRL, tuned": "#b04a5a",
+    "ours": "#1b8a6b", "ours, one trunk": "#7cc0aa", "ours, by generate": "#7cc0aa", "ours, half frozen": "#3f7fb5",
+    "ours, trunk half frozen": "#9cc3e0", "plain loop": "#9aa0a6", "TRL": "#e08a1e", "TRL, tuned": "#b04a5a",
 }  # fmt: skip
 """A contender's, the same in all panels."""
 
