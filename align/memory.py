@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from align import traced
 from align.blockwise import BLOCK, pays
-from align.models import sharding
+from align.models import hydra, sharding
 from align.models.heads import Network, ScalarModel, inner
 from align.models.quantised import QuantisedLinear, is_quantised
 from align.models.trunk import TrunkModel, one_pass
@@ -65,17 +65,19 @@ class Plan:
         passing: What comes and goes at the height of a forward and backward pass: logits, gradients on their way.
         gathered: Of sharded networks, what is whole at a time while they learn.
         rollout: While responses are written and scored: the cache of keys and values, a model gathered for it.
+        states: What frozen blocks give for the episodes of a rollout (`align.models.hydra`).
     """
 
     shares: tuple[Share, ...]
     passing: int
     gathered: int = 0
     rollout: int = 0
+    states: int = 0
 
     @property
     def kept(self) -> int:
         """Between steps."""
-        return sum(share.weights + share.optimizer for share in self.shares if not share.offloaded)
+        return self.states + sum(share.weights + share.optimizer for share in self.shares if not share.offloaded)
 
     @property
     def casts(self) -> int:
@@ -113,6 +115,7 @@ class Plan:
         rest = [f"passing {shown(self.passing)}"]
         rest += [f"gathered {shown(self.gathered)}"] if self.gathered else []
         rest += [f"rollout {shown(self.rollout)}"] if self.rollout else []
+        rest += [f"states of frozen blocks {shown(self.states)}"] if self.states else []
         apart = sum(share.resting for share in self.shares if share.offloaded)
         rest += [f"in CPU memory {shown(apart)}"] if apart else []
         return [*table, f"{', '.join(rest)}; at most {shown(self.peak)} at a time"]
@@ -132,6 +135,7 @@ class Setting:
         gpu: It computes on GPUs.
         tokens: The most computed at once: `micro_batch_tokens`, or the longest sequence.
         decoding: Sequences answered at a time, and the most tokens of a prompt and a response; None without rollouts.
+        episodes: Of a rollout, on this rank.
         optimizer: Its name: `Optim.name`.
     """
 
@@ -144,6 +148,7 @@ class Setting:
     gpu: bool = False
     tokens: int = 8192
     decoding: tuple[int, int, int] | None = None
+    episodes: int = 0
     optimizer: str = "adamw"
 
     @property
@@ -169,9 +174,10 @@ def setting_of(
     prompt = getattr(data, "max_prompt_tokens", None)
     response = getattr(sampler, "max_new_tokens", None)
     at_once = getattr(sampler, "batch_size", None)
+    episodes = -(-getattr(data, "rollout_batch", 0) // ranks)
     decoding = None
     if at_once and prompt and response:
-        decoding = (min(at_once, -(-getattr(data, "rollout_batch", at_once) // ranks)), prompt, response)
+        decoding = (min(at_once, episodes or at_once), prompt, response)
     longest = (prompt or 0) + (response or getattr(data, "max_response_tokens", None) or 0)
     return Setting(
         ranks=ranks,
@@ -183,6 +189,7 @@ def setting_of(
         gpu=gpu,
         tokens=max(module.micro_batch_tokens, longest),
         decoding=decoding,
+        episodes=episodes,
         optimizer=module.optim.name,
     )
 
@@ -212,7 +219,8 @@ def plan(module: AlignModule, setting: Setting) -> Plan:
         passing = max(passing, step.passing)
         if setting.sharded and not isinstance(network, TrunkModel):
             gathered = max(gathered, _gathered(inner(network), setting))  # one network learns after the other
-    return Plan(tuple(shares), passing, gathered, _rollout(networks(module), setting))
+    states = _states(module, setting) if getattr(module, "share_frozen", False) else 0
+    return Plan(tuple(shares), passing, gathered, _rollout(networks(module), setting), states)
 
 
 def needed(before: int) -> int:
@@ -306,6 +314,18 @@ def _rollout(models: Mapping[str, Network], setting: Setting) -> int:
         scored = traced.scoring(network, setting.arithmetic, setting.tokens).passing
         needs.append(scored + _whole_bytes(inner(network), setting))
     return max(needs)
+
+
+def _states(module: AlignModule, setting: Setting) -> int:
+    """At most: of episodes that are all as long as they may be."""
+    policy = networks(module).get("policy")
+    if setting.sharded or setting.decoding is None or not isinstance(policy, PreTrainedModel):
+        return 0
+    if hydra.depth(policy) == 0:
+        return 0
+    _, prompt, response = setting.decoding
+    width = policy.config.get_text_config().hidden_size
+    return setting.episodes * (prompt + response) * width * policy.dtype.itemsize
 
 
 def _of_different_shapes(models: Iterable[Network]) -> list[Network]:

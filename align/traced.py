@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import DynamicCache, PreTrainedModel
 
-from align.models import forward, sharding
+from align.models import forward, hydra, sharding
 from align.models.heads import Network, ScalarModel, inner
 from align.models.quantised import is_quantised
 from align.rollout.sampler import draw
@@ -131,13 +131,18 @@ class Watch(TorchDispatchMode):
 def _by_depth(
     traced: Callable[Concatenate[Network, Arithmetic, Arguments], Pass],
 ) -> Callable[Concatenate[Network, Arithmetic, Arguments], Pass]:
-    """What is found of a deep model from two shallow ones: each number grows by as much with each block."""
+    """What is found of a deep model from two shallow ones: each number grows by as much with each block.
+
+    In learning, frozen blocks at the bottom add nothing to what is kept, so it is as if they were not there.
+    """
 
     @functools.wraps(traced)
     def found(network: Network, arithmetic: Arithmetic, *arguments: Arguments.args, **named: Arguments.kwargs) -> Pass:
-        depth = len(sharding.blocks(inner(network)))
+        frozen = hydra.depth(inner(network)) if traced.__name__ == "learning" else 0
+        depth = len(sharding.blocks(inner(network))) - frozen
         if depth <= DEPTHS[1]:
-            return traced(network, arithmetic, *arguments, **named)
+            part = replace(arithmetic, depth=depth) if frozen else arithmetic
+            return traced(network, part, *arguments, **named)
         few, more = (astuple(traced(network, replace(arithmetic, depth=part), *arguments, **named)) for part in DEPTHS)
         further = (depth - DEPTHS[1]) / (DEPTHS[1] - DEPTHS[0])
         return Pass(*(round(high + further * (high - low)) for low, high in zip(few, more, strict=True)))
@@ -226,16 +231,22 @@ def writing(network: Network, arithmetic: Arithmetic, sequences: int, prompt: in
 @contextlib.contextmanager
 def _hollow(network: Network, arithmetic: Arithmetic) -> Iterator[tuple[Any, Watch]]:
     """The network with tensors without contents in it, the arithmetic switched on, and what counts new tensors."""
-    mode, watch = FakeTensorMode(), Watch()
-    deeper = sharding.blocks(inner(network))[arithmetic.depth :] if arithmetic.depth is not None else []
-    instead: dict[int, Any] = {id(block): nn.Identity() for block in deeper}
-    unused = {parameter for block in deeper for parameter in block.parameters()}
+    mode, watch, blocks = FakeTensorMode(), Watch(), sharding.blocks(inner(network))
+    depth = len(blocks) if arithmetic.depth is None else arithmetic.depth
+    instead: dict[int, Any] = {id(block): nn.Identity() for block in blocks[depth:]}
+    unused = {parameter for block in blocks[depth:] for parameter in block.parameters()}
+    # The first blocks stand for the last ones, of which more learn where only some do.
+    learns = {
+        parameter: twin.requires_grad
+        for block, last in zip(blocks[:depth], blocks[-depth:], strict=True)
+        for parameter, twin in zip(block.parameters(), last.parameters(), strict=False)
+    }
     with mode, torch.device("cpu"):
         quantised = is_quantised(inner(network))
         for parameter in {*network.parameters(), *inner(network).parameters()} - unused:
             gathered = arithmetic.dtype if arithmetic.sharded and not quantised else None
             empty = torch.empty(parameter.shape, dtype=gathered or parameter.dtype)
-            instead[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            instead[id(parameter)] = nn.Parameter(empty, learns.get(parameter, parameter.requires_grad))
         for buffer in {*network.buffers(), *inner(network).buffers()}:
             instead[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
     own = [tensor for tensor in instead.values() if isinstance(tensor, Tensor)]

@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from align import memory, traced
-from align.models import sharding
+from align.models import hydra, sharding
 from align.models.adapters import LoRA
 from align.models.load import load_causal_lm, load_scalar_model, save_model
 from align.models.trunk import Adapter, Head
@@ -181,6 +181,34 @@ def test_a_deep_model_needs_what_two_shallow_ones_tell(family: str, monkeypatch:
     for guess, exact in zip(guessed, passes(), strict=True):
         assert guess == pytest.approx(exact, rel=1e-3) and sum(exact) > 0
     assert len(sharding.blocks(model)) == 11
+
+
+@pytest.mark.parametrize("trained", [2, 9])
+@pytest.mark.parametrize("arithmetic", [Arithmetic(torch.bfloat16, gpu=True), Arithmetic(sharded=True)])
+def test_frozen_blocks_at_the_bottom_keep_nothing(trained: int, arithmetic: Arithmetic) -> None:
+    model = tiny.llama(num_hidden_layers=11).train()
+    whole = traced.learning(model, arithmetic, 128)
+    hydra.freeze(model, trained)
+    guess, exact = traced.learning(model, arithmetic, 128), traced.learning.__wrapped__(model, arithmetic, 128)  # type: ignore[attr-defined]
+    assert (guess.casts, guess.kept) == pytest.approx((exact.casts, exact.kept), rel=0.02)
+    assert guess.passing == pytest.approx(exact.passing, rel=0.1)
+    assert guess.kept < (0.5 if trained == 2 else 0.95) * whole.kept
+
+
+def test_what_frozen_blocks_give_is_kept_for_a_rollout() -> None:
+    policy = tiny.llama()
+    made = PPOModule(
+        policy=policy, value=tiny.scalar_model(), reward=tiny.scalar_model(), ppo=PPO(), optim=Optim(lr=1e-3),
+        sampler=DecodeSampler(max_new_tokens=30), tokenizer=tiny.tokenizer(), micro_batch_tokens=256,
+    )  # fmt: skip
+    setting = memory.Setting(tokens=256, decoding=(4, 10, 30), episodes=6)
+    without = memory.plan(made, setting)
+    hydra.freeze(policy, 1)
+    plan = memory.plan(made, setting)
+    assert without.states == 0 and plan.states == 6 * 40 * 32 * 4
+    assert plan.kept == plan.states + sum(share.weights + share.optimizer for share in plan.shares)
+    made.share_frozen = False
+    assert memory.plan(made, setting).states == 0
 
 
 def test_nothing_is_computed_and_nothing_changes() -> None:
