@@ -205,6 +205,7 @@ def plan(module: AlignModule, setting: Setting) -> Plan:
         if name not in learned:
             whole = setting.sharded and setting.keeps_frozen and not isinstance(network, TrunkModel)
             weights = _whole_bytes(network, setting) if whole else _bytes(network, setting)
+            weights -= _lower_bytes(module, setting) if name == "reference" and not is_quantised(network) else 0
             shares.append(Share(name, count, weights, offloaded=setting.offloaded and not whole))
             continue
         embeddings = {p for part in network.modules() if isinstance(part, nn.Embedding) for p in part.parameters()}
@@ -219,8 +220,7 @@ def plan(module: AlignModule, setting: Setting) -> Plan:
         passing = max(passing, step.passing)
         if setting.sharded and not isinstance(network, TrunkModel):
             gathered = max(gathered, _gathered(inner(network), setting))  # one network learns after the other
-    states = _states(module, setting) if getattr(module, "share_frozen", False) else 0
-    return Plan(tuple(shares), passing, gathered, _rollout(networks(module), setting), states)
+    return Plan(tuple(shares), passing, gathered, _rollout(networks(module), setting), _states(module, setting))
 
 
 def needed(before: int) -> int:
@@ -316,12 +316,24 @@ def _rollout(models: Mapping[str, Network], setting: Setting) -> int:
     return max(needs)
 
 
+def _hydra(module: AlignModule, setting: Setting) -> PreTrainedModel | None:
+    """The policy, if others share its frozen blocks."""
+    policy = networks(module).get("policy")
+    if setting.sharded or not getattr(module, "share_frozen", False) or not isinstance(policy, PreTrainedModel):
+        return None
+    return policy if hydra.depth(policy) else None
+
+
+def _lower_bytes(module: AlignModule, setting: Setting) -> int:
+    """Of the frozen weights that the reference has in common with the policy."""
+    policy = _hydra(module, setting)
+    return sum(p.nbytes for p in hydra.lower_parameters(policy).values()) if policy is not None else 0
+
+
 def _states(module: AlignModule, setting: Setting) -> int:
     """At most: of episodes that are all as long as they may be."""
-    policy = networks(module).get("policy")
-    if setting.sharded or setting.decoding is None or not isinstance(policy, PreTrainedModel):
-        return 0
-    if hydra.depth(policy) == 0:
+    policy = _hydra(module, setting)
+    if policy is None or setting.decoding is None or setting.ranks > 1:
         return 0
     _, prompt, response = setting.decoding
     width = policy.config.get_text_config().hidden_size

@@ -1,6 +1,6 @@
 """Numbers that are none: which tensor was the first, and the batch it came with, saved to be looked at."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ def first_bad(batch: Any, networks: Mapping[str, nn.Module]) -> str | None:
 
     Of several ranks each looks at its own part; None where nothing is wrong with that.
     """
-    for name, tensor in named_tensors(batch):
+    for name, tensor in _learned_from(batch):
         if not _finite(tensor):
             return f"{name} of the batch"
     for what in ("weights", "gradient"):
@@ -38,10 +38,15 @@ def save_batch(run_dir: Path, step: int, batch: Any, bad: str | None) -> Path:
     """
     number = distributed.rank()
     folder = run_dir / FOLDER / (f"step-{step:09d}" + f"-rank-{number}" * (number > 0))
-    tensors = {name: tensor.detach().cpu() for name, tensor in named_tensors(batch)}
+    tensors = {name: tensor.detach().cpu() for name, tensor in _learned_from(batch)}
     with atomic.folder_written_whole(folder) as fresh:
         torch.save({"step": step, "bad": bad, "tensors": tensors}, fresh / "batch.pt")
     return folder / "batch.pt"
+
+
+def _learned_from(batch: Any) -> Iterator[tuple[str, Tensor]]:
+    beside = getattr(batch, "BESIDE", ())
+    return ((name, tensor) for name, tensor in named_tensors(batch) if name.partition(".")[0] not in beside)
 
 
 def _finite(tensor: Tensor) -> bool:

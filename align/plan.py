@@ -133,7 +133,9 @@ def explained(planned: Plan, module: AlignModule, setting: Setting) -> list[str]
     gradients = sum(share.gradients for share in planned.shares)
     weights = sum(share.weights for share in planned.shares)
     lines.append(
-        f"always: weights {shown(weights)} + optimizer {shown(planned.kept - weights)} = {shown(planned.kept)}"
+        f"always: weights {shown(weights)} + optimizer {shown(planned.kept - weights - planned.states)}"
+        + (f" + states of frozen blocks {shown(planned.states)}" if planned.states else "")
+        + f" = {shown(planned.kept)}"
     )
     parts = {"gradients": gradients, "casts": planned.casts, "activations": planned.activations}
     parts |= {"passing": planned.passing, "gathered": planned.gathered}

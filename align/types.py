@@ -11,7 +11,7 @@ Masks have one polarity: True = counts.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -189,6 +189,9 @@ class Minibatch(Record):
     """The rollout that the episodes are from."""
     index: Int[Tensor, " batch"]
     """Which of its rows they are."""
+
+    BESIDE: ClassVar = ("fresh", "whole")
+    """Fields that are not learned from."""
 
     def to(self, device: torch.device | str) -> "Minibatch":
         """What is learned from on `device`; the whole rollout stays where it is."""

@@ -261,7 +261,8 @@ class AlignData(LightningDataModule):
 
     def _loader(self, encoded: list[Encoded], order: Callable[[int], Tensor], size: int, batch_size: int) -> Loader:
         batches = ShuffledBatches(order, size, batch_size, *self.ranks())
-        return Loader(encoded, batches, self.collate, self.num_workers)
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return Loader(encoded, batches, self.collate, self.num_workers, pin_memory=on_gpu)
 
     def _shown(self, split: str) -> str:
         source = self.sources[split]

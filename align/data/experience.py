@@ -295,5 +295,6 @@ def _record(kind: Any, tensors: dict[str, Tensor], rows: tuple[dict[str, Any], .
         elif is_dataclass(item.type):
             values[item.name] = _record(item.type, tensors, rows, f"{prefix}{item.name}.")
         else:
-            values[item.name] = tensors.get(prefix + item.name)
+            optional = item.default is None
+            values[item.name] = tensors.get(prefix + item.name) if optional else tensors[prefix + item.name]
     return kind(**values)

@@ -10,7 +10,8 @@ that are not to be computed.
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -21,6 +22,9 @@ from align.models import adapters, sharding
 
 ROUNDING = 1e-3
 """Of the largest hidden state: more than two passes with the same weights may differ."""
+
+OF_LONG_SEQUENCES = ("rope", "window", "layer_types", "position", "chunk")
+"""Parts of names in a model's configuration: what differs there may not show in a few tokens."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,12 @@ class Hydra:
     Attributes:
         policy: Owns the weights they share.
         depth: How many blocks that are; 0: nothing is shared.
-        heads: The networks, the policy aside.
+        heads: The networks by name, the policy aside.
     """
 
     policy: PreTrainedModel
     depth: int = 0
-    heads: tuple[PreTrainedModel, ...] = ()
+    heads: Mapping[str, PreTrainedModel] = field(default_factory=dict)
 
     def below(self, ids: Int[Tensor, "batch time"]) -> Below | None:
         """Where the policy and the other networks can go on from, for these ids; None: nothing is shared."""
@@ -60,17 +64,19 @@ class Hydra:
 
     def given(self, network: PreTrainedModel, states: Below | None) -> Below | None:
         """The states, if the network goes on from them."""
-        return states if network is self.policy or any(network is head for head in self.heads) else None
+        return states if network is self.policy or any(network is head for head in self.heads.values()) else None
+
+    def described(self) -> str:
+        """Who shares how much."""
+        if not self.depth:
+            return "the policy's frozen blocks are no other network's"
+        return f"{self.depth} frozen blocks are one for policy, {', '.join(self.heads)}"
 
 
-def grow(policy: PreTrainedModel, networks: Mapping[str, PreTrainedModel | None]) -> tuple[Hydra, list[str]]:
-    """Lets all networks that can use the policy's frozen lower weights do so; see `join`.
-
-    Returns:
-        What they share, and the names of those that do.
-    """
+def grow(policy: PreTrainedModel, networks: Mapping[str, PreTrainedModel | None]) -> Hydra:
+    """Lets all networks that can use the policy's frozen lower weights do so; see `join`."""
     heads = {name: model for name, model in networks.items() if model is not None and join(policy, model)}
-    return Hydra(policy, depth(policy) if heads else 0, tuple(heads.values())), list(heads)
+    return Hydra(policy, depth(policy) if heads else 0, heads)
 
 
 class StandIn(nn.Module):
@@ -110,8 +116,10 @@ def freeze(model: PreTrainedModel, trained_blocks: int) -> None:
 
 def depth(model: PreTrainedModel) -> int:
     """How many of the lowest blocks are frozen, with the embeddings before them; the last block never counts."""
+    if adapters.present(model) or all(parameter.requires_grad for parameter in model.parameters()):
+        return 0
     blocks = sharding.blocks(model)
-    if adapters.present(model) or any(parameter.requires_grad for parameter in _embeddings(model, blocks)):
+    if any(parameter.requires_grad for parameter in _embeddings(model, blocks)):
         return 0
     learns = [any(p.requires_grad for p in block.parameters()) for block in blocks[:-1]]
     return [*learns, True].index(True)
@@ -152,8 +160,8 @@ def join(policy: PreTrainedModel, other: PreTrainedModel) -> bool:
     count = depth(policy)
     if other is policy or count == 0 or sharding.is_sharded(policy):
         return False
-    own, theirs = _lower_parameters(policy, count), _lower_parameters(other, count)
-    if depth(other) < count or own.keys() != theirs.keys():
+    own, theirs = lower_parameters(policy, count), lower_parameters(other, count)
+    if depth(other) < count or _settings(policy) != _settings(other) or own.keys() != theirs.keys():
         return False
     if not all(_same(own[name], theirs[name]) for name in own) or not _goes_on(policy, other, count):
         return False
@@ -164,10 +172,12 @@ def join(policy: PreTrainedModel, other: PreTrainedModel) -> bool:
     return True
 
 
-def _lower_parameters(model: PreTrainedModel, count: int) -> dict[str, nn.Parameter]:
-    """The weights of the first blocks and of all embeddings outside later ones, by name."""
+def lower_parameters(model: PreTrainedModel, count: int | None = None) -> dict[str, nn.Parameter]:
+    """The weights of the first blocks (None: of all that are frozen) and of embeddings outside blocks, by name."""
     blocks = sharding.blocks(model)
-    lower = {parameter for block in blocks[:count] for parameter in block.parameters()} | _embeddings(model, blocks)
+    lower = {
+        parameter for block in blocks[: depth(model) if count is None else count] for parameter in block.parameters()
+    } | _embeddings(model, blocks)
     return {name: parameter for name, parameter in model.base_model.named_parameters() if parameter in lower}
 
 
@@ -177,6 +187,12 @@ def _embeddings(model: PreTrainedModel, blocks: list[nn.Module]) -> set[nn.Param
     return {p for m in model.modules() if isinstance(m, nn.Embedding) and m not in inside for p in m.parameters()}
 
 
+def _settings(model: PreTrainedModel) -> dict[str, Any]:
+    """What the configuration says of positions, and of how far attention looks."""
+    found = model.config.get_text_config().to_dict()
+    return {name: value for name, value in found.items() if any(part in name for part in OF_LONG_SEQUENCES)}
+
+
 def _same(one: nn.Parameter, other: nn.Parameter) -> bool:
     return one is other or (one.dtype == other.dtype and one.device == other.device and torch.equal(one, other))
 
@@ -184,23 +200,26 @@ def _same(one: nn.Parameter, other: nn.Parameter) -> bool:
 def _goes_on(policy: PreTrainedModel, other: PreTrainedModel, count: int) -> bool:
     """Whether the models agree about a few tokens, both where the shared blocks end and when they go on from there."""
     ids = torch.arange(12, device=policy.device).reshape(2, 6) % policy.config.get_text_config().vocab_size
-    with torch.random.fork_rng():  # dropout, which would be found here, draws
+    devices = [policy.device] if policy.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):  # dropout, which would be found here, draws
         try:
             states, again, theirs = (_below(model, ids, count).hidden for model in (policy, policy, other))
-            if _learns(policy, states) or not torch.equal(states, again) or not torch.equal(states, theirs):
-                return False  # something below learns, something is dropped, or they differ in more than weights
+            if _learns(policy, states) or _learns(other, theirs):
+                return False
+            if not (torch.equal(states, again) and torch.equal(states, theirs)):  # dropout, or other than in weights
+                return False
             with torch.no_grad():
                 whole, gone_on = (_last(other, ids, given) for given in (None, Below(states, count)))
-        except (TypeError, ValueError, AttributeError, RuntimeError):  # its blocks take or give something else
+        except Exception:  # its blocks take or give something else, which may end in any way
             return False
     return bool((whole - gone_on).abs().max() <= ROUNDING * whole.abs().max())
 
 
 def _learns(model: PreTrainedModel, states: Tensor) -> bool:
     """Whether the states depend on a weight that learns."""
-    if not states.requires_grad:
-        return False
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not (weights and states.requires_grad):
+        return False
     return any(grad is not None for grad in torch.autograd.grad(states.sum(), weights, allow_unused=True))
 
 

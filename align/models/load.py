@@ -85,7 +85,7 @@ def load_causal_lm(
     trained_blocks: int | None = None,
     seed: int = 0,
 ) -> PreTrainedModel:
-    """A causal language model, in training mode; every parameter trainable unless `lora` or `quantise` says otherwise.
+    """A causal language model, in training mode; every parameter trainable unless an argument says otherwise.
 
     Args:
         path: Folder or hub name.

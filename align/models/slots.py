@@ -112,7 +112,7 @@ class Slots:
         """Writes what a layer computed of whole prompts to the beginnings of their rows."""
         assert self.filling is not None
         rows, source, time = self.filling.rows, self.filling.source, keys.shape[2]
-        for kept, new in zip(self._of(layer, values), (keys, values), strict=True):
+        for kept, new in zip(self._of(layer, keys, values), (keys, values), strict=True):
             kept[rows, :, :time] = new[source].to(kept.dtype)
 
     def put(
@@ -123,17 +123,21 @@ class Slots:
         Yields:
             Band after band: its rows, all their keys and values, and the mask.
         """
-        rows, kept = torch.arange(len(keys), device=keys.device), self._of(layer, values)
+        rows, kept = torch.arange(len(keys), device=keys.device), self._of(layer, keys, values)
         for part, new in zip(kept, (keys, values), strict=True):
             part[rows, :, self.lengths] = new[:, :, 0].to(part.dtype)
         for (start, end, _), mask in zip(self._bands, self._masks, strict=True):
             width = mask.shape[-1]
             yield slice(start, end), kept[0][start:end, :, :width], kept[1][start:end, :, :width], mask
 
-    def _of(self, layer: int, like: Float[Tensor, "_ heads _ dim"]) -> list[Float[Tensor, "capacity heads width dim"]]:
-        # Like values: in mixed precision keys, having been rotated, come in float32, and attention rounds them anyway.
+    def _of(
+        self, layer: int, keys: Float[Tensor, "_ heads _ dim"], values: Float[Tensor, "_ heads _ dim"]
+    ) -> list[Float[Tensor, "capacity heads width dim"]]:
         if layer not in self._layers:
-            self._layers[layer] = [self._empty(like), self._empty(like)]
+            # In mixed precision keys come in float32, having been rotated. On a CPU attention takes them so
+            # (`align.models.attention`); a GPU's would round the whole cache for every token.
+            alike = keys if keys.device.type == "cpu" else values
+            self._layers[layer] = [self._empty(alike), self._empty(values)]
         return self._layers[layer]
 
 

@@ -20,13 +20,14 @@ from align import distributed, interrupt, seeds
 from align.formulas import losses, masked, returns
 from align.models import forward, sharding
 from align.models.heads import ScalarModel
-from align.models.hydra import Below, Hydra, grow
+from align.models.hydra import Hydra, depth, grow
 from align.models.load import frozen
 from align.models.quantised import Bits
 from align.models.trunk import Adapter, Head, one_pass, reference_of
 from align.modules.base import AlignModule, Stats, gradient_norm
 from align.optim import Optim
-from align.rollout.collect import FrozenStates, Scored, mismatch, response_tokens, reward_scores, token_passes
+from align.rollout import collect
+from align.rollout.collect import FrozenStates, Scored, States, response_tokens, reward_scores, token_passes
 from align.rollout.sampler import Sampler
 from align.types import Completions, Minibatch, Prompts, Rollout, Sequences
 
@@ -107,7 +108,8 @@ class PPOModule(AlignModule):
         quantise_reference: Keeps the copy in 8 or 4 bits. It is then no longer quite what the policy was, so KL does
             not begin at 0.
         share_frozen: Keeps and computes once what the policy has frozen (`trained_blocks`) and others have alike: the
-            reference, and networks trained likewise from the same weights. Changes rounding at most; not under FSDP.
+            reference, and a value network trained likewise from the same weights; a reward model's is only kept once.
+            Changes rounding at most; not under FSDP.
         value_lr: Peak learning rate of the value network; null means `optim.lr`.
         tokenizer, optim, micro_batch_tokens, seed: See `AlignModule`.
     """
@@ -163,10 +165,9 @@ class PPOModule(AlignModule):
         """See `AlignModule`; then what networks have frozen alike is shared."""
         super().configure_model()
         others = {"reference": self.reference, "value": self.value.hf, "reward": self.reward.hf}
-        hydra, names = grow(self.policy, others if self.share_frozen else {})
-        self.frozen = FrozenStates(hydra, self.micro_batch_tokens)
-        if names:
-            rank_zero_info(f"{hydra.depth} frozen blocks are one for policy, {', '.join(names)}")
+        self.frozen = FrozenStates(grow(self.policy, others if self.share_frozen else {}), self.micro_batch_tokens)
+        if depth(self.policy):
+            rank_zero_info(self.frozen.hydra.described())
 
     def on_fit_start(self) -> None:
         """Sees to it that text is there if and only if the objective has a pretraining term.
@@ -219,6 +220,7 @@ class PPOModule(AlignModule):
         """
         start = time.perf_counter()
         with interrupt.interruptible(self.may_be_dropped()), self.precision(), forward.evaluating(self):
+            self.frozen.forget()
             draws = seeds.forked(self.seed, "sample", iteration, self.global_rank)
             with sharding.gathered(self.policy):  # until its own pass is done, which frees it
                 with draws:
@@ -233,7 +235,7 @@ class PPOModule(AlignModule):
                     minibatch=minibatch,
                     micro_batch_tokens=self.micro_batch_tokens,
                     hydra=self.frozen.hydra,
-                    states=self.frozen.of_rollout(completions, iteration, minibatch),
+                    states=self.frozen.of_rollout(completions, minibatch),
                 )
             scores = self._with_eos_rule(self.score(completions), completions.finished)
         everyone = distributed.whole(Scored(completions=completions, passes=passes, scores=scores))
@@ -292,20 +294,18 @@ class PPOModule(AlignModule):
             stats |= self.accumulate(self.pretraining_losses(batch.pretraining))
             stats["grad_norm/ptx"] = gradient_norm(self.policy.parameters(), summed=False)
             tokens += int(batch.pretraining.lengths.sum())
-        # Several ranks learn from all ranks' episodes; they compute again what they would have to send each other.
-        states = self.frozen.of(batch) if self.trainer.world_size == 1 else None
-        stats |= self.accumulate(self.ppo_losses(batch.episodes, states))
+        stats |= self.accumulate(self.ppo_losses(batch.episodes, self.frozen.of(batch, self.trainer.world_size)))
         stats |= self.step()
         shown = ("rollout/score", "rollout/kl", "rollout/response_length")
         self.report(stats, tokens=tokens, bar=shown, always=batch.fresh is not None)
         return {"metrics": stats, "rollout": batch.fresh}
 
-    def ppo_losses(self, episodes: Rollout, states: Below | None = None) -> Iterator[tuple[Tensor, Stats]]:
+    def ppo_losses(self, episodes: Rollout, states: States | None = None) -> Iterator[tuple[Tensor, Stats]]:
         """Clipped policy and value losses of a minibatch in micro-batches, divided by the whole minibatch's tokens.
 
         Args:
             episodes: This rank's part of it.
-            states: What the frozen blocks give for them, if that is known.
+            states: What the frozen blocks give for them, if that is known already.
         """
         hydra, count = self.frozen.hydra, distributed.total(episodes.mask.sum())
         if self.ppo.whiten_advantages:
@@ -313,7 +313,7 @@ class PPOModule(AlignModule):
         groups = forward.micro_batches(episodes.completions.lengths, self.micro_batch_tokens)
         for number, part in enumerate(self.parts(episodes, groups)):
             ids, scored = response_tokens(part.completions)
-            below = hydra.below(ids) if states is None else states.rows_at(groups[number], ids.shape[1])
+            below = hydra.below(ids) if states is None else states(groups[number], ids.shape[1])
             if one_pass(self.value):
                 logprobs, values = forward.token_logprobs_and_values(
                     self.policy, self.value, ids, scored, self.sampler.temperature, below
@@ -382,7 +382,7 @@ class PPOModule(AlignModule):
             "rollout/entropy": masked.masked_mean(rollout.entropies, mask),
             "rollout/response_length": lengths.mean(),
             "rollout/eos_share": rollout.completions.finished.float().mean(),
-            **mismatch(rollout),
+            **collect.mismatch(rollout),
             "value/explained_variance": losses.explained_variance(rollout.values, rollout.returns, mask),
             **self._collecting,
         }

@@ -42,6 +42,10 @@ class Scored(Record):
     """After the missing-EOS rule."""
 
 
+States = Callable[[Int[Tensor, " _"], int], Below]
+"""(rows of a minibatch, width) -> what frozen blocks give for them."""
+
+
 class FrozenStates:
     """What frozen blocks give for the episodes of a rollout, kept for as long as they are learned from.
 
@@ -52,20 +56,32 @@ class FrozenStates:
 
     def __init__(self, hydra: Hydra, micro_batch_tokens: int) -> None:
         self.hydra, self.micro_batch_tokens = hydra, micro_batch_tokens
-        self._kept: tuple[int, Below | None] = -1, None
+        self._ids: Tensor | None = None
+        self._states: Below | None = None
 
-    def of_rollout(self, completions: Completions, iteration: int, minibatch: int) -> Below | None:
-        """Those of all episodes, in minibatches of this size; None where networks have no frozen blocks in common."""
-        if self._kept[0] != iteration:
-            self._kept = -1, None  # free the old ones before the new ones are made
-            self._kept = iteration, self._computed(completions, minibatch) if self.hydra.depth else None
-        return self._kept[1]
+    def of_rollout(self, completions: Completions, minibatch: int) -> Below | None:
+        """Those of all episodes, in minibatches of this size; None where networks have no frozen blocks in common.
 
-    def of(self, batch: Minibatch) -> Below | None:
-        """Those of a minibatch; after a restart they are computed once more, in the same micro-batches."""
-        whole = batch.whole.completions
-        states = self.of_rollout(whole.to(batch.episodes.device), batch.iteration, len(batch.index))
-        return states and states.rows_at(batch.index, whole.ids.shape[1])
+        They are computed where these are other episodes than last time. After a restart that is so, and happens in the
+        same micro-batches.
+        """
+        if self.hydra.depth and (self._ids is None or not torch.equal(self._ids, completions.ids)):
+            self.forget()  # before new ones are made
+            self._states, self._ids = self._computed(completions, minibatch), completions.ids
+        return self._states
+
+    def of(self, batch: Minibatch, ranks: int) -> States | None:
+        """Those of a minibatch. None where several ranks learn from all ranks' episodes: each computes again what
+        others would have to send it."""
+        if ranks > 1:
+            self.forget()
+        whole, index = batch.whole.completions, batch.index
+        states = self.of_rollout(whole.to(index.device), len(index)) if ranks == 1 else None
+        return states and (lambda rows, width: states.rows_at(index[rows.to(index.device)], width))
+
+    def forget(self) -> None:
+        """Frees what is kept."""
+        self._ids = self._states = None
 
     def _computed(self, completions: Completions, minibatch: int) -> Below:
         groups = _groups(completions, minibatch, self.micro_batch_tokens)

@@ -83,8 +83,9 @@ class DecodeSampler(BatchSampler):
     Attributes:
         slots: Keeps keys and values in rows of their own lengths where the model allows it, else in transformers'
             cache. The same to rounding.
-        dtype: In which it computes; null: as the trainer does. What is learned from is computed as the trainer does in
-            any case; the metric `rollout/mismatch` says how far apart the two are.
+        dtype: In which it computes: bfloat16 is mixed precision, float32 none, null as the trainer does. Weights stay
+            as they are. What is learned from is computed as the trainer does in any case; the metric
+            `rollout/mismatch` says how far apart the two are.
     """
 
     slots: bool = True

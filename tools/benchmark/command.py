@@ -84,7 +84,8 @@ def _measured(options: argparse.Namespace, only: list[str], families: list[str])
             turns=options.turns,
             families=(OURS, *families),
         )
-        found: dict[str, Any] = {"made": _made(options), "kinds": {}, "failed": {}, "limits": {}}
+        made = _made(options)
+        found: dict[str, Any] = {"made": made, "kinds": {}, "failed": {}, "limits": {}, **kept(out, made, only)}
         bench = stack.enter_context(closing(measure.bench(setup)))
         for name in only:
             begun = datetime.datetime.now()
@@ -101,6 +102,23 @@ def _measured(options: argparse.Namespace, only: list[str], families: list[str])
             write_text(out / "performance.json", json.dumps(found, indent=1) + "\n")
             console.print(f"{name}: done in {(datetime.datetime.now() - begun).total_seconds():.0f} s")
     return found
+
+
+def kept(out: Path, made: dict[str, Any], only: Sequence[str]) -> dict[str, Any]:
+    """What an earlier run in the same folder measured on the same machine, at the same size, and this one will not.
+
+    Returns:
+        Results by kind of work, and under "earlier" when and of which commit they are.
+    """
+    path = out / "performance.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"made": {}, "kinds": {}}
+    if any(before["made"].get(name) != made[name] for name in ("cpu", "cores", "threads", "size")):
+        return {}
+    own = {name: kind for name, kind in before["kinds"].items() if name not in only}
+    others = {name: before[name] for name in (GROWTH, SCALING) if name in before and name not in only}
+    when = {name: before["made"][name] for name in ("date", "commit")}
+    known = before.get("earlier", {})
+    return {"kinds": own, **others, "earlier": {name: known.get(name, when) for name in (*own, *others)}}
 
 
 def _say_what_is_missing(name: str, found: dict[str, Any]) -> None:

@@ -119,7 +119,7 @@ def prepare(kind: str, setting: str, work: Work) -> Callable[..., Turn]:
 
     Args:
         kind: See `tools.benchmark.kinds`.
-        setting: Of PPO: `SEPARATE` or `TRUNK`. Of "rollout": "decode" or "generate".
+        setting: Of PPO: `SEPARATE`, `TRUNK`, `FROZEN` or `BOTH`. Of "rollout": "decode" or "generate".
         work: The common work.
     """
     if kind == "sft":

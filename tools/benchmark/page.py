@@ -51,8 +51,18 @@ def _heading(found: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     return (
         f"{made['date']}, commit {made['commit']}: {made['cpu']}, {made['threads']} threads of {made['cores']} cores, "
-        f"float32; {versions}. Medians of turns; in brackets 95 % intervals."
+        f"float32; {versions}. Medians of turns; in brackets 95 % intervals.{_earlier(found)}"
     )
+
+
+def _earlier(found: Mapping[str, Any]) -> str:
+    """What is of other runs."""
+    of: dict[str, list[str]] = {}
+    for name, when in found.get("earlier", {}).items():
+        of.setdefault(f"{when['date']}, commit {when['commit']}", []).append(
+            KINDS[name].title if name in KINDS else name
+        )
+    return "".join(f" Of {when}: {'; '.join(names)}." for when, names in of.items())
 
 
 def _speeds(kinds: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:

@@ -179,7 +179,7 @@ def test_validation_sees_its_examples_in_order_every_time(tmp_path):
 def test_batches_come_in_pinned_memory_where_there_is_a_gpu():
     texts = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
     encoded = [{"ids": torch.tensor(ids), "mask": torch.ones(len(ids), dtype=torch.bool)} for ids in texts]
-    for batch in Loader(encoded, shuffled(3, 2), lambda rows: sequences(rows, 0)):
+    for batch in Loader(encoded, shuffled(3, 2), lambda rows: sequences(rows, 0), pin_memory=True):
         assert all(tensor.is_pinned() for _, tensor in named_tensors(batch))
         for (_, there), (_, here) in zip(named_tensors(batch.to("cuda")), named_tensors(batch), strict=True):
             assert torch.equal(there.cpu(), here)

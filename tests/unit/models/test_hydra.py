@@ -1,6 +1,7 @@
 """Frozen lower blocks: what learns, that going on from them gives what whole passes give, and who may share them."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from unit.modules.test_ppo import Collecting, data
 
 from align.models import forward, hydra
 from align.models.adapters import LoRA
+from align.models.attention import use_attend
 from align.models.heads import ScalarModel
 from align.models.load import add_residual_dropout, frozen, load_causal_lm, load_scalar_model, save_model
 from align.models.trunk import Head
 from align.modules.ppo import PPO
 from align.optim import Optim
 from align.rollout.sampler import DecodeSampler
+
+TEXTS = {"pretraining": [{"text": "w3 w4 w5"}] * 8, "pretraining_batch": 4, "max_pretraining_tokens": 20}
 
 FAMILIES = ["gpt2", "llama-tied", "llama-untied", "qwen2", "qwen3", "gemma2"]
 
@@ -95,8 +99,8 @@ def test_what_is_frozen_alike_is_kept_once(tied: bool) -> None:
     for model in (policy, value.hf):
         hydra.freeze(model, 1)
     reference = frozen(copy.deepcopy(policy))
-    grown, names = hydra.grow(policy, {"a": reference, "b": value.hf, "c": reward.hf, "d": policy, "e": None})
-    assert names == ["a", "b", "c"] and grown.depth == 2
+    grown = hydra.grow(policy, {"a": reference, "b": value.hf, "c": reward.hf, "d": policy, "e": None})
+    assert grown.depth == 2 and grown.described() == "2 frozen blocks are one for policy, a, b, c"
     own = {id(p) for p in policy.parameters()}
     for model in (reference, value.hf, reward.hf):
         for name, parameter in model.named_parameters():
@@ -108,6 +112,7 @@ def test_what_is_frozen_alike_is_kept_once(tied: bool) -> None:
     assert states is not None and grown.given(policy, states) is grown.given(value.hf, states) is states
     assert grown.given(three_blocks(), states) is None
     assert hydra.Hydra(policy).below(torch.tensor([[3, 4]])) is None
+    assert hydra.grow(policy, {"x": three_blocks()}).described() == "the policy's frozen blocks are no other network's"
 
 
 def _other_weights(model: Any) -> None:
@@ -126,11 +131,17 @@ def _other_angles(model: Any) -> None:
     model.model.rotary_emb.inv_freq *= 1.1
 
 
+def _looks_less_far(model: Any) -> None:
+    model.config.rope_parameters = {**model.config.rope_parameters, "rope_theta": 5.0}
+
+
 def _drops(model: Any) -> None:
     add_residual_dropout(model, 0.5)
 
 
-@pytest.mark.parametrize("change", [_other_weights, _other_embeddings, _learns_below, _other_angles, _drops])
+@pytest.mark.parametrize(
+    "change", [_other_weights, _other_embeddings, _learns_below, _other_angles, _looks_less_far, _drops]
+)
 def test_what_is_not_alike_is_not_shared(change: Any) -> None:
     policy = three_blocks()
     hydra.freeze(policy, 1)
@@ -141,8 +152,18 @@ def test_what_is_not_alike_is_not_shared(change: Any) -> None:
     assert hydra.join(policy, copy.deepcopy(policy))
 
 
-def test_a_policy_that_drops_or_learns_below_shares_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for change in (_drops, _learns_below, lambda model: model.requires_grad_(True)):
+def _learns_before_its_blocks(model: Any) -> None:
+    model.model.shift = torch.nn.Parameter(torch.zeros(32))
+    model.model.embed_tokens.register_forward_hook(lambda *about: about[-1] + model.model.shift)
+
+
+def _names_no_blocks(model: Any) -> None:
+    model.requires_grad_(True)
+    model._no_split_modules = None
+
+
+def test_a_policy_that_drops_or_learns_below_shares_nothing() -> None:
+    for change in (_drops, _learns_below, _learns_before_its_blocks, _names_no_blocks):
         policy = three_blocks()
         hydra.freeze(policy, 1)
         change(policy)
@@ -189,7 +210,6 @@ def ppo_of(share: bool, value: str, checkpointing: bool = False) -> Collecting:
 def test_ppo_learns_the_same_with_shared_blocks_in_fewer_passes(
     tmp_path: Path, value: str, checkpointing: bool
 ) -> None:
-    texts = {"pretraining": [{"text": "w3 w4 w5"}] * 8, "pretraining_batch": 4, "max_pretraining_tokens": 20}
     runs, computed = [], []
     for share in (False, True):
         ppo, tokens = ppo_of(share, value, checkpointing), [0]
@@ -199,7 +219,7 @@ def test_ppo_learns_the_same_with_shared_blocks_in_fewer_passes(
 
         for model in {ppo.policy, ppo.reference, ppo.value.hf}:
             model.base_model.layers[0].register_forward_hook(counting)
-        tiny.fit(ppo, data(**texts, epochs=2), tmp_path / str(share))
+        tiny.fit(ppo, data(**TEXTS, epochs=2), tmp_path / str(share))
         runs.append(ppo)
         computed.append(tokens[0])
     apart, together = runs
@@ -215,23 +235,50 @@ def test_ppo_learns_the_same_with_shared_blocks_in_fewer_passes(
         for name in metrics.keys() - {name for name in metrics if name.startswith("speed/")}:
             torch.testing.assert_close(metrics[name].float(), other[name].float(), rtol=1e-4, atol=1e-6, msg=name)
     assert float(together.seen[0][1]["policy/ratio_max"]) == 1.0
-    assert float(together.seen[0][1]["rollout/kl"]) == 0.0 < float(together.seen[-2][1].get("rollout/kl", 1.0))
+    assert float(together.seen[0][1]["rollout/kl"]) == 0.0 != float(together.seen[4][1]["rollout/kl"])
     ours, theirs = (dict(run.named_parameters()) for run in (together, apart))
     for name, parameter in ours.items():
         torch.testing.assert_close(parameter, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
     assert sum(p.numel() for p in together.parameters()) < sum(p.numel() for p in apart.parameters())
 
 
+def test_what_is_kept_is_what_would_be_computed_again(tmp_path: Path) -> None:
+    ppo = ppo_of(True, "frozen alike")
+    tiny.fit(ppo, data(**TEXTS, epochs=2), tmp_path)
+    batch, _ = ppo.seen[-1]  # of the last rollout, in another order than it was collected
+    states = ppo.frozen.of(batch, 1)
+    assert states is not None and batch.index.tolist() != sorted(batch.index.tolist())
+    kept = tiny.gradients(ppo, ppo.ppo_losses(batch.episodes, states))
+    again = tiny.gradients(ppo, ppo.ppo_losses(batch.episodes, None))
+    tiny.assert_same_gradients(kept, again)
+    wrong = tiny.gradients(ppo, ppo.ppo_losses(batch.episodes, lambda rows, width: states(rows.flip(0), width)))
+    assert any(not torch.allclose(wrong[name], again[name], atol=1e-4) for name in again)
+    before = states(torch.tensor([0]), 3).hidden
+    other = replace(batch, whole=batch.whole.rows_at(torch.arange(15, -1, -1)))
+    found = ppo.frozen.of(other, 1)  # other episodes under the same numbers
+    assert found is not None and not torch.equal(found(torch.tensor([0]), 3).hidden, before)
+    assert ppo.frozen.of(batch, 2) is None
+
+
+def test_the_first_ratio_is_exactly_one_in_mixed_precision(tmp_path: Path) -> None:
+    ppo = ppo_of(True, "frozen alike")
+    for model in (ppo.policy, ppo.reference, ppo.value.hf):
+        use_attend(model)
+    tiny.fit(ppo, data(**TEXTS), tmp_path, precision="bf16-mixed")
+    assert ppo.frozen.hydra.depth == 2
+    assert float(ppo.seen[0][1]["policy/ratio_max"]) == 1.0 and float(ppo.seen[0][1]["rollout/kl"]) == 0.0
+    assert float(ppo.seen[0][1]["rollout/mismatch"]) < 0.05
+
+
 def test_it_goes_on_from_a_checkpoint_without_the_shared_weights(tmp_path: Path) -> None:
     whole, continued = ppo_of(True, "frozen alike"), ppo_of(True, "frozen alike")
-    texts = {"pretraining": [{"text": "w3 w4 w5"}] * 8, "pretraining_batch": 4, "max_pretraining_tokens": 20}
     saved = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    tiny.fit(whole, data(**texts, epochs=2), tmp_path / "whole", [saved], enable_checkpointing=True)
+    tiny.fit(whole, data(**TEXTS, epochs=2), tmp_path / "whole", [saved], enable_checkpointing=True)
     kept = torch.load(tmp_path / "step=3.ckpt", weights_only=True)["state_dict"]
     assert {name.split(".layers.")[1][0] for name in kept if ".layers." in name} == {"2"}
     assert not any("embed" in name for name in kept)
     # In the second epoch of a rollout, whose states are then computed again, in the shapes of the first.
-    tiny.fit(continued, data(**texts, epochs=2), tmp_path / "continued", from_checkpoint=tmp_path / "step=3.ckpt")
+    tiny.fit(continued, data(**TEXTS, epochs=2), tmp_path / "continued", from_checkpoint=tmp_path / "step=3.ckpt")
     assert (len(whole.seen), len(continued.seen)) == (8, 5)
     for (name, one), other in zip(whole.named_parameters(), continued.parameters(), strict=True):
         assert torch.equal(one, other), name
