@@ -242,6 +242,32 @@ def test_a_page_keeps_what_stands_around_the_tables(tmp_path: Path, found: dict[
         page.write(path, found)
 
 
+def test_a_run_of_one_kind_keeps_what_others_measured_on_the_same_machine(
+    tmp_path: Path, found: dict[str, Any]
+) -> None:
+    now = {**found["made"], "size": "15m", "commit": "def", "date": "2025-02-02"}
+    assert command.kept(tmp_path, now, ["ppo"]) == {}
+    kinds = {**found["kinds"], "ppo": found["kinds"]["sft"]}
+    before = {**found, "kinds": kinds, "made": {**found["made"], "size": "15m"}}
+    before["earlier"] = {"sft": {"date": "2024-12-31", "commit": "old"}}
+    (tmp_path / "performance.json").write_text(json.dumps(before))
+    kept = command.kept(tmp_path, now, ["ppo"])
+    assert kept["kinds"] == found["kinds"] and kept["growth"] == found["growth"] and "limits" not in kept
+    mine, old = {"date": "2025-01-01", "commit": "abc"}, {"date": "2024-12-31", "commit": "old"}
+    assert kept["earlier"] == {"sft": old, "growth": mine, "scaling": mine}
+    assert command.kept(tmp_path, now, ["growth", "scaling", "sft"])["earlier"] == {"ppo": mine}
+    for changed in ({"cpu": "another"}, {"threads": 1}, {"size": "tiny"}):
+        assert command.kept(tmp_path, {**now, **changed}, ["ppo"]) == {}
+    shown = page.tables({**found, "made": now, **kept})
+    assert "2025-02-02, commit def: A CPU" in shown
+    assert "Of 2024-12-31, commit old: SFT. Of 2025-01-01, commit abc: growth; scaling.\n" in shown
+
+
+def test_a_network_of_which_half_learns_needs_half(made: work.Work) -> None:
+    whole, half, head = (flops.ppo_update(TINY, [(3, 2)], 2, networks) for networks in (2, 1, 0))
+    assert whole - half == half - head == 3 * 2 * flops.trunk(TINY, 5, 15)
+
+
 def test_a_run_can_be_reported_again(tmp_path: Path, found: dict[str, Any]) -> None:
     (tmp_path / "performance.json").write_text(json.dumps(found))
     assert command.main(["--report-only", "--out", str(tmp_path)]) == 1  # something had been left out
