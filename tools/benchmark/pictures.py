@@ -1,5 +1,6 @@
 """The results as one picture: who is how fast, where PPO's time goes, who needs how much memory, and what grows how."""
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import median
@@ -126,7 +127,7 @@ def _phases(found: Mapping[str, Mapping[str, float]]) -> Draw:
                     axes.bar(0, 0, color=PALE, alpha=opacity, label=phase)
             axes.annotate(f"{bottom:.1f}", (place, bottom), (0, 2), textcoords="offset points", ha="center")
         axes.legend(frameon=False, loc="upper left", fontsize=8, ncols=3)
-        axes.set_xticks(range(len(found)), [name.replace(", ", ",\n") for name in found])
+        axes.set_xticks(range(len(found)), [textwrap.fill(name, 10) for name in found], fontsize=8)
         axes.set_title("PPO: seconds a rollout")
         _leave_room(axes)
 
