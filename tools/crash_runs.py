@@ -74,7 +74,7 @@ def arguments(kind: str, world: Path, workers: int) -> list[str]:
             str(world / "reward.yaml"), *shared, f"module.model.path={model}",
             f"data.train={world / 'ranked.jsonl'}", f"data.valid={world / 'ranked.jsonl'}",
             f"data.demonstrations={rows}", "data.batch_size=16", "trainer.max_epochs=1",
-            f"data.num_workers={workers}",
+            f"data.num_workers={workers}", "module.model.trained_blocks=1",
         ]  # fmt: skip
     found = [
         str(world / "ppo.yaml"), *shared, f"module.policy.path={model}", f"module.value.path={model}",
@@ -82,6 +82,7 @@ def arguments(kind: str, world: Path, workers: int) -> list[str]:
         "data.rollout_batch=16", "data.minibatch=8", "data.epochs=2", "data.pretraining_batch=8",
         "module.sampler.max_new_tokens=8", f"callbacks.samples.prompts={rows}", "callbacks.samples.count=8",
         "callbacks.samples.every=3", "callbacks.samples.sampler.max_new_tokens=8", "callbacks.rollouts.every=1",
+        "module.policy.trained_blocks=1", "module.value.trained_blocks=1",
     ]  # fmt: skip
     return found if kind == "ppo-ptx" else [*found, "module.ppo.ptx_coef=0", "data.pretraining_batch=0"]
 

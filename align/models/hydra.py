@@ -115,8 +115,15 @@ def freeze(model: PreTrainedModel, trained_blocks: int) -> None:
 
 
 def depth(model: PreTrainedModel) -> int:
-    """How many of the lowest blocks are frozen, with the embeddings before them; the last block never counts."""
-    if adapters.present(model) or all(parameter.requires_grad for parameter in model.parameters()):
+    """How many of the lowest blocks are frozen, with the embeddings before them; the last block never counts.
+
+    0 where weights are sharded: each network gathers its own.
+    """
+    if (
+        adapters.present(model)
+        or sharding.is_sharded(model)
+        or all(parameter.requires_grad for parameter in model.parameters())
+    ):
         return 0
     blocks = sharding.blocks(model)
     if any(parameter.requires_grad for parameter in _embeddings(model, blocks)):
@@ -152,13 +159,11 @@ def above(model: PreTrainedModel, states: Below | None) -> Iterator[None]:
 def join(policy: PreTrainedModel, other: PreTrainedModel) -> bool:
     """Lets a network use the policy's frozen lower weights, if it never changes them and has the same.
 
-    Not where weights are sharded: each network gathers its own.
-
     Returns:
         Whether it does: then `below` of the policy holds for it too.
     """
     count = depth(policy)
-    if other is policy or count == 0 or sharding.is_sharded(policy):
+    if other is policy or count == 0:
         return False
     own, theirs = lower_parameters(policy, count), lower_parameters(other, count)
     if depth(other) < count or _settings(policy) != _settings(other) or own.keys() != theirs.keys():
@@ -210,8 +215,8 @@ def _goes_on(policy: PreTrainedModel, other: PreTrainedModel, count: int) -> boo
                 return False
             with torch.no_grad():
                 whole, gone_on = (_last(other, ids, given) for given in (None, Below(states, count)))
-        except Exception:  # its blocks take or give something else, which may end in any way
-            return False
+        except (TypeError, ValueError, AttributeError, RuntimeError, LookupError, AssertionError):
+            return False  # its blocks take or give something else
     return bool((whole - gone_on).abs().max() <= ROUNDING * whole.abs().max())
 
 

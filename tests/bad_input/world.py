@@ -179,8 +179,8 @@ def build_world(folder: Path) -> None:
     """Puts everything that the configurations read, and what they overwrite, into a folder."""
     tokenizer = tiny.tokenizer()
     for model in ("data/init", "base/hf", "sft/hf", "ppo/hf-ema", "ppo-ptx/hf-ema"):
-        save_model(tiny.llama(num_hidden_layers=1), tokenizer, folder / "runs" / model)
-    save_model(tiny.scalar_model(num_hidden_layers=1), tokenizer, folder / "runs" / "reward" / "hf")
+        save_model(tiny.llama(num_hidden_layers=2), tokenizer, folder / "runs" / model)
+    save_model(tiny.scalar_model(num_hidden_layers=2), tokenizer, folder / "runs" / "reward" / "hf")
     for name in COMMANDS:
         config = shrunk(name)
         for text in {word for word in _words(config) if word.startswith("runs/") and ".jsonl" in word}:

@@ -34,6 +34,8 @@ def command(kind: str, world: Path, run: Path, *overrides: str) -> list[str]:
     """A run: LoRA in SFT and reward stage; in PPO all on one trunk, in 4 bits too; or a value head on the policy."""
     words = crash_runs.arguments(kind[:7], world, 0)
     keep = ["callbacks.checkpoints.keep=99", f"run_dir={run}", "module.optim.lr=1e-2"]
+    if kind != "sft":
+        keep.append(f"module.{'model' if kind == 'reward' else 'policy'}.trained_blocks=null")
     if kind == "sft":
         words += [f"module.model.lora={LORA}", "module.model.dropout=0", "data.mix=null", "data.mix_fraction=0"]
     elif kind == "reward":
