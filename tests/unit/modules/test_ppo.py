@@ -111,7 +111,7 @@ def test_it_is_told_how_far_the_sampler_is_from_what_is_learned(run: tuple[Colle
     rollout = ppo.seen[4][0].fresh  # in which some responses end early
     assert rollout is not None and rollout.completions.sampled_logprobs is not None
     assert max(tiny.logged(folder, "rollout/mismatch_max")) < 1e-4 and min(tiny.logged(folder, "rollout/mismatch")) > 0
-    shifted = rollout.completions.sampled_logprobs + 1.0  # outside the responses too
+    shifted = torch.where(rollout.mask, rollout.completions.sampled_logprobs + 1.0, torch.tensor(9.0))
     shifted[0, 0] -= 3.0
     off = replace(rollout, completions=replace(rollout.completions, sampled_logprobs=shifted))
     count = int(rollout.mask.sum())
