@@ -327,7 +327,9 @@ def _hydra(module: AlignModule, setting: Setting) -> PreTrainedModel | None:
 def _lower_bytes(module: AlignModule, setting: Setting) -> int:
     """Of the frozen weights that the reference has in common with the policy."""
     policy = _hydra(module, setting)
-    return sum(p.nbytes for p in hydra.lower_parameters(policy).values()) if policy is not None else 0
+    if policy is None:
+        return 0
+    return sum(weight.nbytes for weight in hydra.lower_parameters(policy, hydra.depth(policy)).values())
 
 
 def _states(module: AlignModule, setting: Setting) -> int:

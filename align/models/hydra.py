@@ -177,12 +177,10 @@ def join(policy: PreTrainedModel, other: PreTrainedModel) -> bool:
     return True
 
 
-def lower_parameters(model: PreTrainedModel, count: int | None = None) -> dict[str, nn.Parameter]:
-    """The weights of the first blocks (None: of all that are frozen) and of embeddings outside blocks, by name."""
+def lower_parameters(model: PreTrainedModel, count: int) -> dict[str, nn.Parameter]:
+    """The weights of the first blocks and of embeddings outside blocks, by name."""
     blocks = sharding.blocks(model)
-    lower = {
-        parameter for block in blocks[: depth(model) if count is None else count] for parameter in block.parameters()
-    } | _embeddings(model, blocks)
+    lower = {parameter for block in blocks[:count] for parameter in block.parameters()} | _embeddings(model, blocks)
     return {name: parameter for name, parameter in model.base_model.named_parameters() if parameter in lower}
 
 
