@@ -4,13 +4,16 @@ Axis names: `batch` sequences; `prompt` prompt tokens; `response` response token
 emitted one, is the last of them); `time` prompt and response tokens together; `vocab` the vocabulary; `completions`
 the K answers of all prompts of a batch, one after another.
 
+Records live in host memory. Only what is about to be computed is `sent` to a device, so that whatever decides shapes
+(lengths, masks, places) is known without asking the device and waiting for its answer.
+
 All sequences are right-padded, with any valid token id as filler: attention is causal, so what stands to the right of
 a token cannot change it, and lengths say where a sequence ends. No record needs an attention mask.
 Masks have one polarity: True = counts.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,21 +22,30 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 Same = TypeVar("Same", bound="Record")
+Anything = TypeVar("Anything")
+
+
+def sent(value: Anything, device: torch.device) -> Anything:
+    """A tensor on `device`, or a dataclass or tuple with every tensor in it there; anything else as it is.
+
+    To a GPU by way of pinned memory, from which it reads by itself: nobody waits. From there it waits.
+    """
+    if isinstance(value, Tensor):
+        ahead = device.type == "cuda" and value.device.type == "cpu"
+        return (value.pin_memory() if ahead else value).to(device, non_blocking=ahead)  # type: ignore
+    if isinstance(value, tuple):
+        return tuple(sent(item, device) for item in value)  # type: ignore
+    if is_dataclass(value):
+        return replace(value, **{item.name: sent(getattr(value, item.name), device) for item in fields(value)})  # type: ignore
+    return value
 
 
 class Record:
     """What every record can do: move between devices, take rows. Subclasses are frozen dataclasses."""
 
     def to(self: Same, device: torch.device | str) -> Same:
-        """The same record with every tensor on `device`; to a GPU without waiting, if it is in pinned memory."""
-        ahead = torch.device(device).type == "cuda"
-        moved: dict[str, Any] = {name: value.to(device, non_blocking=ahead) for name, value in self._tensors().items()}
-        return replace(self, **moved | {name: record.to(device) for name, record in self._records().items()})  # type: ignore
-
-    def pin_memory(self: Same) -> Same:
-        """The same record in memory from which a GPU reads by itself. Called by torch's loaders, where there is one."""
-        pinned: dict[str, Any] = {name: value.pin_memory() for name, value in self._tensors().items()}
-        return replace(self, **pinned | {name: record.pin_memory() for name, record in self._records().items()})  # type: ignore
+        """The same record with every tensor on `device`; see `sent`."""
+        return sent(self, torch.device(device))
 
     def rows_at(self: Same, index: Int[Tensor, " picked"]) -> Same:
         """The record of the picked rows; tensors, and `rows` where there are any, are indexed alike."""
@@ -192,11 +204,6 @@ class Minibatch(Record):
 
     BESIDE: ClassVar = ("fresh", "whole")
     """Fields that are not learned from."""
-
-    def to(self, device: torch.device | str) -> "Minibatch":
-        """What is learned from on `device`; the whole rollout stays where it is."""
-        text = None if self.pretraining is None else self.pretraining.to(device)
-        return replace(self, episodes=self.episodes.to(device), pretraining=text, index=self.index.to(device))
 
 
 def named_tensors(value: Any, prefix: str = "") -> Iterator[tuple[str, Tensor]]:

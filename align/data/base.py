@@ -261,8 +261,7 @@ class AlignData(LightningDataModule):
 
     def _loader(self, encoded: list[Encoded], order: Callable[[int], Tensor], size: int, batch_size: int) -> Loader:
         batches = ShuffledBatches(order, size, batch_size, *self.ranks())
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        return Loader(encoded, batches, self.collate, self.num_workers, pin_memory=on_gpu)
+        return Loader(encoded, batches, self.collate, self.num_workers)
 
     def _shown(self, split: str) -> str:
         source = self.sources[split]

@@ -88,10 +88,9 @@ class Loader:
         batches: ShuffledBatches,
         collate: Callable[[list[Any]], Any],
         num_workers: int = 0,
-        pin_memory: bool = False,
     ) -> None:
         self.examples, self.batches, self.collate = examples, batches, collate
-        self.num_workers, self.pin_memory = num_workers, pin_memory
+        self.num_workers = num_workers
         self.current_epoch = 0
         self.position = 0
         self._start = 0
@@ -122,7 +121,6 @@ class Loader:
             collate_fn=self.collate,
             num_workers=self.num_workers,
             generator=unused,
-            pin_memory=self.pin_memory,
         )
         for position, (own, batch) in enumerate(zip(rest, loader, strict=True), start=start + 1):
             self.position = position

@@ -9,6 +9,8 @@ padding, and only here prompts and answers are laid out. Sequences that are bein
 `Slots`.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +23,9 @@ from align.models.shared import SharedPrompts
 from align.models.slots import Slots
 
 NAME = "align_sdpa"
+
+CAUSAL = "align_causal"
+"""The same under a name of which transformers knows no mask, and so makes none: attention is causal then."""
 
 
 def attend(
@@ -89,9 +94,26 @@ def looks_all_the_way(model: PreTrainedModel) -> bool:
     return bool(far) and model.config._attn_implementation == NAME
 
 
+@contextlib.contextmanager
+def causal(model: PreTrainedModel) -> Iterator[None]:
+    """Inside the block right-padded sequences pass without transformers' search for masks, which waits for a GPU.
+
+    Changes nothing where attention is not ours or looks only so far back.
+    """
+    if not looks_all_the_way(model):
+        yield
+        return
+    model.config._attn_implementation = CAUSAL
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = NAME
+
+
 def use_attend(model: PreTrainedModel) -> None:
     """Lets a model that would use `sdpa` use `attend`; others keep what they have."""
     if model.config._attn_implementation == "sdpa":
         AttentionInterface.register(NAME, attend)
+        AttentionInterface.register(CAUSAL, attend)
         AttentionMaskInterface.register(NAME, sdpa_mask)
         model.set_attn_implementation(NAME)

@@ -7,7 +7,7 @@ sequences of like length so that few are computed. The unembedding runs only whe
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -17,10 +17,11 @@ from transformers import PreTrainedModel
 
 from align.formulas.losses import entropy
 from align.models import hydra, sharding, shared
-from align.models.attention import looks_all_the_way
+from align.models.attention import causal, looks_all_the_way
 from align.models.heads import ScalarModel
 from align.models.hydra import Below
 from align.models.shared import SharedPrompts
+from align.types import sent
 
 LOGITS_PER_CHUNK = 2**25
 """At most this many logits exist at once (128 MiB in float32); more tokens are done in turns and recomputed."""
@@ -158,7 +159,8 @@ def _with_values(
         return _over_logits(model, ids, mask, temperature, function, below), token_values(value, ids, mask, below)
 
     def both(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-        inputs, targets = _hidden(model, ids, below)[:, :-1][mask[:, 1:]], ids[:, 1:][mask[:, 1:]]
+        places = _places(mask, ids.device)
+        inputs, targets = _before(_hidden(model, ids, below), places), ids.flatten()[places]
         head, vocab = _unembedding(model), _vocab(model)
         return _in_chunks(head, inputs, targets, function, temperature=temperature, vocab=vocab), _scalar(value, inputs)
 
@@ -180,34 +182,21 @@ def token_values(
     below: Below | None = None,
 ) -> Float[Tensor, " tokens"]:
     """V(s_t) of the tokens where `mask` is True: read at the token before, when token t was not yet chosen."""
-    return sharding.run(model.hf, lambda hf: _scalar(model, _hidden(hf, ids, below)[:, :-1][mask[:, 1:]]))
+    places = _places(mask, ids.device)
+    return sharding.run(model.hf, lambda hf: _scalar(model, _before(_hidden(hf, ids, below), places)))
 
 
 def final_scores(
     model: ScalarModel, ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
     """The reward of each whole sequence, read at its last token (the EOS token of a finished response)."""
-    rows = torch.arange(len(ids), device=ids.device)
-    return sharding.run(model.hf, lambda hf: _scalar(model, _hidden(hf, ids)[rows, lengths - 1]))
+    ends = torch.arange(len(ids), device=lengths.device) * ids.shape[1] + lengths
+    places = sent(ends, ids.device)
+    return sharding.run(model.hf, lambda hf: _scalar(model, _before(_hidden(hf, ids), places)))
 
 
-def final_scores_sharing(
-    model: ScalarModel,
-    ids: Int[Tensor, "batch time"],
-    lengths: Int[Tensor, " batch"],
-    prompt_index: Int[Tensor, " batch"],
-) -> Float[Tensor, " batch"]:
-    """`final_scores`, computing what sequences of one prompt begin with alike once, where the model allows it.
-
-    Args:
-        model: The reward model.
-        ids: Right-padded.
-        lengths: Tokens of each sequence.
-        prompt_index: Equal for sequences of one prompt, which stand together.
-    """
-    if not shares_prompts(model.hf, ids.device):
-        return final_scores(model, ids, lengths)
-    laid_out = shared.share(ids, lengths, prompt_index, apart=ids.device.type == "cpu")
+def final_scores_sharing(model: ScalarModel, laid_out: SharedPrompts) -> Float[Tensor, " batch"]:
+    """`final_scores` of sequences that share their prompts, for models that can: `shares_prompts`."""
     return sharding.run(model.hf, lambda hf: _scalar(model, _shared_hidden(hf, laid_out)[laid_out.last]))
 
 
@@ -231,6 +220,11 @@ def fitted(columns: Shaped[Tensor, "batch time"], lengths: Int[Tensor, " batch"]
     return columns[:, : int(lengths.max())]
 
 
+def in_order(values: Shaped[Tensor, "batch *_"], groups: Sequence[Int[Tensor, " _"]]) -> Shaped[Tensor, "batch *_"]:
+    """What was found of one micro-batch after another, in the order of the batch."""
+    return torch.empty_like(values).index_copy(0, torch.cat([*groups]), values)
+
+
 def by_response(
     flat: Float[Tensor, " tokens"], mask: Bool[Tensor, "batch response"]
 ) -> Float[Tensor, "batch response"]:
@@ -238,10 +232,20 @@ def by_response(
     return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
 
 
+def _places(mask: Bool[Tensor, "batch time"], device: torch.device) -> Int[Tensor, " tokens"]:
+    """Where in the flattened batch the mask is True."""
+    return sent(mask.flatten().nonzero()[:, 0], device)
+
+
+def _before(hidden: Float[Tensor, "batch time d"], places: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d"]:
+    """The states from which the tokens at these places are told."""
+    return hidden.flatten(0, 1)[places - 1]
+
+
 def _hidden(
     model: PreTrainedModel, ids: Int[Tensor, "batch time"], below: Below | None = None
 ) -> Float[Tensor, "batch time d"]:
-    with hydra.above(model, below):
+    with hydra.above(model, below), causal(model):
         return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
 
 
@@ -304,12 +308,13 @@ def _function_of_logits(
     plain: bool,
     below: Below | None,
 ) -> Tensor:
-    targets = ids[:, 1:][mask[:, 1:]]
+    places = _places(mask, ids.device)
+    targets = ids.flatten()[places]
     if plain:
-        head, inputs = _unembedding(model), _hidden(model, ids, below)[:, :-1][mask[:, 1:]]
+        head, inputs = _unembedding(model), _before(_hidden(model, ids, below), places)
     else:
         with hydra.above(model, below):
-            head, inputs = nn.Identity(), model.forward(input_ids=ids, use_cache=False).logits[:, :-1][mask[:, 1:]]
+            head, inputs = nn.Identity(), _before(model.forward(input_ids=ids, use_cache=False).logits, places)
     return _in_chunks(head, inputs, targets, function, temperature=temperature, vocab=_vocab(model))
 
 

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.models import adapters, sharding
+from align.models.attention import causal
+from align.types import sent
 
 ROUNDING = 1e-3
 """Of the largest hidden state: more than two passes with the same weights may differ."""
@@ -41,7 +43,7 @@ class Below:
 
     def rows_at(self, index: Int[Tensor, " picked"], width: int) -> "Below":
         """Those of the picked rows, as far as their first `width` tokens."""
-        return replace(self, hidden=self.hidden[index.to(self.hidden.device), :width])
+        return replace(self, hidden=self.hidden[sent(index, self.hidden.device), :width])
 
 
 @dataclass(frozen=True)
@@ -140,7 +142,7 @@ def below(model: PreTrainedModel, ids: Int[Tensor, "batch time"], depth: int) ->
 
 def _below(model: PreTrainedModel, ids: Int[Tensor, "batch time"], depth: int) -> Below:
     stand_in = StandIn(None)
-    with _standing_in(model, slice(depth, None), stand_in):
+    with _standing_in(model, slice(depth, None), stand_in), causal(model):
         model.base_model(input_ids=ids, use_cache=False)
     assert stand_in.hidden is not None
     return Below(hidden=stand_in.hidden, depth=depth)

@@ -37,7 +37,8 @@ class AlignModule(L.LightningModule, ABC):
     """A training objective. Subclasses say which networks learn, and what a batch's pieces of loss are.
 
     To write a new objective: subclass, implement `networks`, `exported` and a `training_step` that calls `accumulate`,
-    `step` and `report`, and name the class under `module._target_` in a YAML.
+    `step` and `report`, and name the class under `module._target_` in a YAML. Batches come in host memory: a
+    micro-batch is `sent` to `self.device` when its turn comes, so that nothing about shapes is asked of a GPU.
 
     Args:
         tokenizer: Saved with the exported model.
@@ -87,6 +88,10 @@ class AlignModule(L.LightningModule, ABC):
         if shard is not None:
             shard(self)
 
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        """Leaves it in host memory: what of it is computed at once is `sent` when its turn comes."""
+        return batch
+
     def configure_optimizers(self) -> dict[str, Any]:
         """One optimizer for all networks: with several, `global_step` would count each one's steps."""
         steps = self.trainer.estimated_stepping_batches
@@ -107,7 +112,7 @@ class AlignModule(L.LightningModule, ABC):
         """
         missing = 0
         if any(sharding.is_sharded(network) for network in self.networks().values()):
-            missing = int(distributed.largest(torch.tensor(len(groups), device=self.device))) - len(groups)
+            missing = int(distributed.largest(torch.tensor(len(groups)))) - len(groups)
         for group in groups:
             yield batch.rows_at(group)
         for _ in range(missing):
@@ -204,7 +209,7 @@ class AlignModule(L.LightningModule, ABC):
         self._clock = now
         every = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
         if always or self.global_step % every == 0:
-            speed = distributed.total(torch.tensor(tokens, device=self.device)) / (now - before)
+            speed = distributed.total(torch.tensor(tokens)) / (now - before)
             numbers = {name: float(value) for name, value in {**stats, "speed/tokens_per_second": speed}.items()}
             # Straight to them: `self.log` would repeat a rollout's numbers at every step until the next rollout.
             for logger in self.loggers:

@@ -29,7 +29,7 @@ from align.optim import Optim
 from align.rollout import collect
 from align.rollout.collect import FrozenStates, Scored, States, response_tokens, reward_scores, token_passes
 from align.rollout.sampler import Sampler
-from align.types import Completions, Minibatch, Prompts, Rollout, Sequences
+from align.types import Completions, Minibatch, Prompts, Rollout, Sequences, sent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -187,10 +187,10 @@ class PPOModule(AlignModule):
     def score(self, completions: Completions) -> Float[Tensor, " batch"]:
         """The reward of each whole response. Override it to reward anything else.
 
-        Called by `collect` once a rollout, without gradients, in the trainer's precision. `completions.rows` holds the
-        examples the prompts came from, and `self.tokenizer` decodes.
+        Called by `collect` once a rollout, without gradients, in the trainer's precision. Completions are in host
+        memory; `completions.rows` holds the examples the prompts came from, and `self.tokenizer` decodes.
         """
-        return reward_scores(self.reward, completions, self.micro_batch_tokens)
+        return reward_scores(self.reward, completions, self.micro_batch_tokens, self.device)
 
     def estimate_advantages(
         self,
@@ -224,7 +224,7 @@ class PPOModule(AlignModule):
             draws = seeds.forked(self.seed, "sample", iteration, self.global_rank)
             with sharding.gathered(self.policy):  # until its own pass is done, which frees it
                 with draws:
-                    completions = self.sampler(self.policy, prompts.to(self.device))
+                    completions = self.sampler(self.policy, prompts.to(self.device)).to("cpu")
                 sampled = time.perf_counter()
                 passes = token_passes(
                     completions,
@@ -236,8 +236,9 @@ class PPOModule(AlignModule):
                     micro_batch_tokens=self.micro_batch_tokens,
                     hydra=self.frozen.hydra,
                     states=self.frozen.of_rollout(completions, minibatch),
+                    device=self.device,
                 )
-            scores = self._with_eos_rule(self.score(completions), completions.finished)
+            scores = self._with_eos_rule(self.score(completions).cpu(), completions.finished)
         everyone = distributed.whole(Scored(completions=completions, passes=passes, scores=scores))
         self._clock_rollout(everyone.completions, start, sampled)
         return self._rollout_of(everyone)
@@ -313,6 +314,7 @@ class PPOModule(AlignModule):
         groups = forward.micro_batches(episodes.completions.lengths, self.micro_batch_tokens)
         for number, part in enumerate(self.parts(episodes, groups)):
             ids, scored = response_tokens(part.completions)
+            ids, part = sent((ids, part), self.device)
             below = hydra.below(ids) if states is None else states(groups[number], ids.shape[1])
             if one_pass(self.value):
                 logprobs, values = forward.token_logprobs_and_values(
@@ -330,11 +332,9 @@ class PPOModule(AlignModule):
 
     def policy_piece(self, logprobs: Float[Tensor, " tokens"], part: Rollout, count: Tensor) -> tuple[Tensor, Stats]:
         """Clipped policy loss of a micro-batch, and what it says of the update."""
-        laid_out = forward.by_response(logprobs, part.mask)
-        loss, stats = losses.policy_loss(
-            laid_out, part.logprobs, part.advantages, part.mask, clip=self.ppo.clip, count=count
-        )
-        stats |= {"ratio_max": losses.ratio_max(laid_out, part.logprobs, part.mask), "loss": loss.detach()}
+        new, old, mask = forward.by_response(logprobs, part.mask), part.logprobs, part.mask
+        loss, stats = losses.policy_loss(new, old, part.advantages, mask, clip=self.ppo.clip, count=count)
+        stats |= {"ratio_max": losses.ratio_max(new, old, mask), "loss": loss.detach()}
         return loss, {f"policy/{name}": value for name, value in stats.items()}
 
     def value_piece(self, values: Float[Tensor, " tokens"], part: Rollout, count: Tensor) -> tuple[Tensor, Stats]:
@@ -363,7 +363,7 @@ class PPOModule(AlignModule):
         count = distributed.total(text.mask.sum())
         for part in self.parts(text, forward.micro_batches(text.lengths, self.micro_batch_tokens)):
             ids, mask = forward.fitted(part.ids, part.lengths), forward.fitted(part.mask, part.lengths)
-            logprobs = forward.token_logprobs(self.policy, ids, mask)
+            logprobs = forward.token_logprobs(self.policy, sent(ids, self.device), mask)
             loss = losses.cross_entropy(logprobs, torch.ones_like(logprobs, dtype=torch.bool), count)
             yield self.ppo.ptx_coef * loss, {"ptx/loss": loss.detach()}
 

@@ -16,7 +16,7 @@ from align.models.heads import ScalarModel
 from align.modules.base import AlignModule, Stats
 from align.modules.ranking import RankingMetrics, better
 from align.optim import Optim
-from align.types import Comparisons, Sequences
+from align.types import Comparisons, Sequences, sent
 
 PAIR_WEIGHTS: Mapping[str, Callable[..., Tensor]] = {
     "kept_pairs": losses.pair_weights_kept,
@@ -75,18 +75,20 @@ class RewardModule(AlignModule):
         """The batch's loss in micro-batches of whole prompts, each divided by the prompts of the whole batch."""
         pairs = losses.preference_pairs(batch.scores, batch.prompt_index)
         prompts = distributed.total(losses.compared_prompts(pairs))
-        count = distributed.total(torch.tensor(len(pairs.winner), device=self.device)).clamp_min(1)
+        count = distributed.total(torch.tensor(len(pairs.winner))).clamp_min(1)
         for part in self.parts(batch, self.groups(batch)):
             rewards = self.rewards(part.ids, part.lengths, part.prompt_index)
             own = losses.preference_pairs(part.scores, part.prompt_index)
-            loss = losses.ranking_loss(rewards, own, self.pair_weights(own, prompts))
+            weights = sent(self.pair_weights(own, prompts), self.device)
+            own = sent(own, self.device)
+            loss = losses.ranking_loss(rewards, own, weights)
             margin = (rewards[own.winner] - rewards[own.loser]).detach()
             hits = better(margin).sum() / count
             yield loss, {"train/loss": loss.detach(), "train/accuracy": hits, "train/margin": margin.sum() / count}
 
     def groups(self, batch: Comparisons) -> list[Int[Tensor, " picked"]]:
         """Micro-batches of whole prompts: which completions."""
-        if not (self.share_prompts and forward.shares_prompts(self.model.hf, batch.ids.device)):
+        if not self._shares():
             return prompt_groups(batch.prompt_index, batch.lengths, self.micro_batch_tokens)
         needed = shared.tokens(batch.ids, batch.lengths, batch.prompt_index)
         return prompt_groups(batch.prompt_index, needed, self.micro_batch_tokens, padded=False)
@@ -99,15 +101,19 @@ class RewardModule(AlignModule):
     ) -> Float[Tensor, " batch"]:
         """The reward of each sequence; `prompt_index` tells which may share what they begin with."""
         ids = forward.fitted(ids, lengths)
-        if prompt_index is not None and self.share_prompts:
-            return forward.final_scores_sharing(self.model, ids, lengths, prompt_index)
-        return forward.final_scores(self.model, ids, lengths)
+        if prompt_index is not None and self._shares():
+            laid_out = shared.share(ids, lengths, prompt_index, apart=self.device.type == "cpu")
+            return forward.final_scores_sharing(self.model, sent(laid_out, self.device))
+        return forward.final_scores(self.model, sent(ids, self.device), lengths)
+
+    def _shares(self) -> bool:
+        return self.share_prompts and forward.shares_prompts(self.model.hf, self.device)
 
     def validation_step(self, batch: Comparisons, batch_idx: int) -> None:
         """Scores every completion."""
         with sharding.gathered(self.model):
             rewards = self.rewards_of_all(batch)
-        self._validated.append((rewards.cpu(), replace(batch, ids=batch.ids[:, :0]).to("cpu")))
+        self._validated.append((rewards, replace(batch, ids=batch.ids[:, :0])))
 
     def on_validation_epoch_end(self) -> None:
         """Logs how the order agrees with the labelers', of all ranks' completions: see `RankingMetrics`."""
@@ -129,19 +135,21 @@ class RewardModule(AlignModule):
         if not sharding.is_sharded(self.model):
             self.to(self.trainer.strategy.root_device)  # from which Lightning has just taken it
         with self.precision(), forward.evaluating(self.model), sharding.gathered(self.model):
-            rewards = [self.rewards_of_all(batch.to(self.device)) for batch in batches]
+            rewards = [self.rewards_of_all(batch) for batch in batches]
         if rewards:
             self.model.bias += float(losses.reward_bias(torch.cat(rewards)))
 
     def rewards_of_all(self, batch: Sequences | Comparisons) -> Float[Tensor, " batch"]:
         """The reward of each sequence of a batch, computed in micro-batches."""
-        rewards = torch.zeros(len(batch.ids), device=batch.ids.device)
-        compared = isinstance(batch, Comparisons)
-        groups = self.groups(batch) if compared else forward.micro_batches(batch.lengths, self.micro_batch_tokens)
-        for group in groups:
-            prompts = batch.prompt_index[group] if compared else None
-            rewards[group] = self.rewards(batch.ids[group], batch.lengths[group], prompts)
-        return rewards
+        if isinstance(batch, Comparisons):
+            groups, prompts = self.groups(batch), batch.prompt_index
+        else:
+            groups, prompts = forward.micro_batches(batch.lengths, self.micro_batch_tokens), None
+        found = [
+            self.rewards(batch.ids[group], batch.lengths[group], None if prompts is None else prompts[group])
+            for group in groups
+        ]
+        return forward.in_order(torch.cat(found).cpu(), groups)
 
 
 def prompt_groups(

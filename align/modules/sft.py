@@ -13,7 +13,7 @@ from align.formulas.losses import cross_entropy
 from align.models import forward, sharding
 from align.modules.base import AlignModule, Stats
 from align.optim import Optim
-from align.types import Sequences
+from align.types import Sequences, sent
 
 
 class SFTModule(AlignModule):
@@ -59,7 +59,7 @@ class SFTModule(AlignModule):
         count = distributed.total(batch.mask.sum())
         for part in self.parts(batch, forward.micro_batches(batch.lengths, self.micro_batch_tokens)):
             ids, mask = forward.fitted(part.ids, part.lengths), forward.fitted(part.mask, part.lengths)
-            logprobs = forward.token_logprobs(self.model, ids, mask)
+            logprobs = forward.token_logprobs(self.model, sent(ids, self.device), mask)
             loss = cross_entropy(logprobs, torch.ones_like(logprobs, dtype=torch.bool), count)
             yield loss, {"train/loss": loss.detach()}
 
@@ -69,7 +69,7 @@ class SFTModule(AlignModule):
         with sharding.gathered(self.model):
             for part in (batch.rows_at(group) for group in groups):
                 ids, mask = forward.fitted(part.ids, part.lengths), forward.fitted(part.mask, part.lengths)
-                logprobs, hits = forward.token_logprobs_and_hits(self.model, ids, mask)
+                logprobs, hits = forward.token_logprobs_and_hits(self.model, sent(ids, self.device), mask)
                 self.valid_loss.update(-logprobs)
                 self.valid_accuracy.update(hits)
 

@@ -19,7 +19,7 @@ from align.models import adapters, forward, sharding
 from align.models.heads import ScalarModel
 from align.models.hydra import Below, Hydra, below
 from align.models.trunk import one_pass
-from align.types import Completions, Minibatch, Record, Rollout
+from align.types import Completions, Minibatch, Record, Rollout, sent
 
 
 @dataclass(frozen=True)
@@ -75,22 +75,20 @@ class FrozenStates:
         others would have to send it."""
         if ranks > 1:
             self.forget()
-        whole, index = batch.whole.completions, batch.index
-        states = self.of_rollout(whole.to(index.device), len(index)) if ranks == 1 else None
-        return states and (lambda rows, width: states.rows_at(index[rows.to(index.device)], width))
+        states = self.of_rollout(batch.whole.completions, len(batch.index)) if ranks == 1 else None
+        return states and (lambda rows, width: states.rows_at(batch.index[rows], width))
 
     def forget(self) -> None:
         """Frees what is kept."""
         self._ids = self._states = None
 
     def _computed(self, completions: Completions, minibatch: int) -> Below:
-        groups = _groups(completions, minibatch, self.micro_batch_tokens)
-        hidden: Tensor | None = None
-        for picked in groups:
+        policy, hidden = self.hydra.policy, None
+        for picked in _groups(completions, minibatch, self.micro_batch_tokens):
             ids, _ = response_tokens(completions.rows_at(picked))
-            part = below(self.hydra.policy, ids, self.hydra.depth).hidden
+            part = below(policy, sent(ids, policy.device), self.hydra.depth).hidden
             hidden = part.new_zeros(*completions.ids.shape, part.shape[-1]) if hidden is None else hidden
-            hidden[picked, : ids.shape[1]] = part
+            hidden[sent(picked, part.device), : ids.shape[1]] = part
         assert hidden is not None
         return Below(hidden, self.hydra.depth)
 
@@ -115,6 +113,7 @@ def token_passes(
     micro_batch_tokens: int,
     hydra: Hydra,
     states: Below | None = None,
+    device: torch.device,
 ) -> TokenPasses:
     """Policy, reference and value network over every episode.
 
@@ -128,39 +127,38 @@ def token_passes(
         micro_batch_tokens: See `AlignModule`.
         hydra: Which of them have frozen blocks in common.
         states: What those blocks give for the episodes: `FrozenStates`.
+        device: Where they compute.
     """
     groups = _groups(completions, minibatch, micro_batch_tokens)
-    over_all = functools.partial(_over_all, completions, groups, states)
+    over_all = functools.partial(_over_all, completions, groups, states, device)
     other = policy if reference is None else reference
     found: dict[str, Tensor] = {}
     together = one_pass(value)
     if together:
         found["logprobs"], found["entropies"], found["values"] = over_all(
             policy,
-            lambda ids, scored, below: forward.token_logprobs_entropies_and_values(
-                policy, value, ids, scored, temperature, below
+            lambda ids, at, below: forward.token_logprobs_entropies_and_values(
+                policy, value, ids, at, temperature, below
             ),
             needed=other is policy,
         )
     else:
         found["logprobs"], found["entropies"] = over_all(
             policy,
-            lambda ids, scored, below: forward.token_logprobs_and_entropies(policy, ids, scored, temperature, below),
+            lambda ids, at, below: forward.token_logprobs_and_entropies(policy, ids, at, temperature, below),
             needed=policy in (other, value.hf),
         )
     with adapters.using(policy, None) if reference is None else contextlib.nullcontext():
         (found["ref_logprobs"],) = over_all(
             other,
-            lambda ids, scored, below: (
-                forward.token_logprobs(other, ids, scored, temperature, hydra.given(other, below)),
-            ),
+            lambda ids, at, below: (forward.token_logprobs(other, ids, at, temperature, hydra.given(other, below)),),
             needed=other is value.hf and not together,
         )
     if not together:
         with value.in_use():
             (found["values"],) = over_all(
                 value.hf,
-                lambda ids, scored, below: (forward.token_values(value, ids, scored, hydra.given(value.hf, below)),),
+                lambda ids, at, below: (forward.token_values(value, ids, at, hydra.given(value.hf, below)),),
                 needed=False,
             )
     return TokenPasses(**found)
@@ -170,6 +168,7 @@ def _over_all(
     completions: Completions,
     groups: Sequence[Int[Tensor, " _"]],
     states: Below | None,
+    device: torch.device,
     model: nn.Module,
     function: Callable[[Tensor, Tensor, Below | None], tuple[Tensor, ...]],
     *,
@@ -181,31 +180,33 @@ def _over_all(
         completions: The episodes.
         groups: Micro-batches of them.
         states: Of the frozen blocks, for every episode.
+        device: Where it is computed.
         model: What computes; if it is sharded it is gathered once for all of them.
         function: (ids, where the response is, states) -> values of the response tokens, row after row.
         needed: It stays gathered if it was, for a later pass.
     """
-    mask, found = completions.mask, []
+    found = []
     with sharding.gathered(model):
         for picked in groups:
             ids, scored = response_tokens(completions.rows_at(picked))
-            values = function(ids, scored, states and states.rows_at(picked, ids.shape[1]))
-            found = found or [torch.zeros(mask.shape, device=mask.device) for _ in values]
-            for out, flat in zip(found, values, strict=True):
-                out[picked] = forward.by_response(flat, mask[picked])
+            values = function(sent(ids, device), scored, states and states.rows_at(picked, ids.shape[1]))
+            found.append(torch.stack(values))
     if not needed:
         sharding.free(model)  # also where the caller has gathered it
-    return found
+    mask = completions.mask[torch.cat([*groups])]
+    return [forward.in_order(forward.by_response(flat, mask), groups) for flat in torch.cat(found, dim=1).cpu()]
 
 
-def reward_scores(reward: ScalarModel, completions: Completions, micro_batch_tokens: int) -> Float[Tensor, " batch"]:
-    """The reward model's score of each whole response, EOS included."""
-    scores = torch.zeros(len(completions.ids), device=completions.ids.device)
+def reward_scores(
+    reward: ScalarModel, completions: Completions, micro_batch_tokens: int, device: torch.device
+) -> Float[Tensor, " batch"]:
+    """The reward model's score of each whole response, EOS included. Arguments as of `token_passes`."""
+    found, groups = [], forward.micro_batches(completions.lengths, micro_batch_tokens)
     with sharding.gathered(reward.hf), reward.in_use():
-        for group in forward.micro_batches(completions.lengths, micro_batch_tokens):
-            part = completions.rows_at(group)
-            scores[group] = forward.final_scores(reward, forward.fitted(part.ids, part.lengths), part.lengths)
-    return scores
+        for part in (completions.rows_at(group) for group in groups):
+            ids = forward.fitted(part.ids, part.lengths)
+            found.append(forward.final_scores(reward, sent(ids, device), part.lengths))
+    return forward.in_order(torch.cat(found).cpu(), groups)
 
 
 def response_tokens(part: Completions) -> tuple[Int[Tensor, "batch time"], Bool[Tensor, "batch time"]]:

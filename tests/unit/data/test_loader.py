@@ -8,10 +8,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from word_tokenizer import QUIET, WORDS, make_tokenizer
 
-from align.data.base import AlignData, sequences
+from align.data.base import AlignData
 from align.data.demonstrations import DemonstrationData
 from align.data.loader import Loader, ShuffledBatches, stream
-from align.types import named_tensors
 
 
 def shuffled(size: int, batch_size: int, **given) -> ShuffledBatches:
@@ -172,14 +171,3 @@ def test_validation_sees_its_examples_in_order_every_time(tmp_path):
     rows = [{"prompt": word, "response": "a"} for word in "hgfe"]
     module = fitted(tmp_path, valid=rows, num_sanity_val_steps=0, val_check_interval=2)
     assert module.validated == [15, 14, 13, 12] * 6
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_come_in_pinned_memory_where_there_is_a_gpu():
-    texts = [[3, 4, 5], [6, 7], [8, 9, 10, 11]]
-    encoded = [{"ids": torch.tensor(ids), "mask": torch.ones(len(ids), dtype=torch.bool)} for ids in texts]
-    for batch in Loader(encoded, shuffled(3, 2), lambda rows: sequences(rows, 0), pin_memory=True):
-        assert all(tensor.is_pinned() for _, tensor in named_tensors(batch))
-        for (_, there), (_, here) in zip(named_tensors(batch.to("cuda")), named_tensors(batch), strict=True):
-            assert torch.equal(there.cpu(), here)

@@ -74,7 +74,7 @@ def test_each_model_is_gathered_once_and_freed_before_the_next(alone, monkeypatc
     with torch.no_grad(), sharding.gathered(policy):
         token_passes(
             tiny.completions([4, 3], [3, 5]), policy=policy, reference=reference, value=value, temperature=1.0,
-            minibatch=1, micro_batch_tokens=64, hydra=Hydra(policy),
+            minibatch=1, micro_batch_tokens=64, hydra=Hydra(policy), device=torch.device("cpu"),
         )  # fmt: skip
         assert sharding.is_sharded(policy)
     assert counts == [1, 1, 1]

@@ -9,6 +9,8 @@ from align.models import forward, shared
 from align.models.attention import use_attend
 from align.models.heads import ScalarModel
 from align.models.trunk import Head
+from align.modules.reward import RewardModule
+from align.optim import Optim
 
 PROMPTS = torch.tensor([0, 0, 0, 1, 2, 2, 5])
 """Three answers, one, two that begin alike too, one."""
@@ -60,11 +62,7 @@ def test_a_sequence_always_keeps_a_token_of_its_own() -> None:
 
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("family", ["gpt2", "llama-tied", "llama-untied", "qwen2", "qwen3"])
-def test_scores_and_gradients_are_those_of_passes_apart(
-    family: str, apart: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    share = shared.share
-    monkeypatch.setattr(shared, "share", lambda *given, **_: share(*given, apart=apart))
+def test_scores_and_gradients_are_those_of_passes_apart(family: str, apart: bool) -> None:
     model = scalar(family).double()
     model.hf.double()
     assert forward.shares_prompts(model.hf, torch.device("cpu"))
@@ -72,7 +70,7 @@ def test_scores_and_gradients_are_those_of_passes_apart(
     found = []
     for together in (True, False):
         scores = (
-            forward.final_scores_sharing(model, ids, lengths, PROMPTS)
+            forward.final_scores_sharing(model, shared.share(ids, lengths, PROMPTS, apart=apart))
             if together
             else forward.final_scores(model, ids, lengths)
         )
@@ -89,7 +87,7 @@ def test_in_bfloat16_too() -> None:
     model = scalar("llama-tied")
     ids, lengths = sequences()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        ours = forward.final_scores_sharing(model, ids, lengths, PROMPTS)
+        ours = forward.final_scores_sharing(model, shared.share(ids, lengths, PROMPTS, apart=True))
         theirs = forward.final_scores(model, ids, lengths)
     assert float((ours - theirs).abs().max()) < 0.03 * float(theirs.abs().max())
 
@@ -102,9 +100,9 @@ def test_a_model_that_cannot_is_asked_one_by_one(family: str) -> None:
         model = scalar("llama-tied")
         model.hf.config.sliding_window = 4
     assert not forward.shares_prompts(model.hf, torch.device("cpu"))
+    module = RewardModule(model=model, tokenizer=tiny.tokenizer(), optim=Optim(lr=1e-3))
     ids, lengths = sequences()
-    ours = forward.final_scores_sharing(model, ids, lengths, PROMPTS)
-    assert torch.equal(ours, forward.final_scores(model, ids, lengths))
+    assert torch.equal(module.rewards(ids, lengths, PROMPTS), forward.final_scores(model, ids, lengths))
 
 
 def test_a_wrong_position_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
