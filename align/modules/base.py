@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align import distributed, interrupt, nonfinite, seeds
 from align.errors import RunError
-from align.models import sharding
+from align.models import compiled, sharding
 from align.models.load import fingerprint, save_model
 from align.optim import Optim
 from align.types import AnyRecord
@@ -45,10 +45,17 @@ class AlignModule(L.LightningModule, ABC):
         micro_batch_tokens: The most tokens, padding included, computed at once. Memory only: results differ by
             rounding.
         seed: Of everything this module draws.
+        compile: COMPILEDOC
     """
 
     def __init__(
-        self, *, tokenizer: PreTrainedTokenizerBase, optim: Optim, micro_batch_tokens: int = 8192, seed: int = 0
+        self,
+        *,
+        tokenizer: PreTrainedTokenizerBase,
+        optim: Optim,
+        micro_batch_tokens: int = 8192,
+        seed: int = 0,
+        compile: bool = False,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -56,6 +63,7 @@ class AlignModule(L.LightningModule, ABC):
         self.optim = optim
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
+        self.compiles = compile
         self._clock = time.perf_counter()
         self.batch_at_hand: Any = None
         self.nonfinite_steps = 0
@@ -86,6 +94,19 @@ class AlignModule(L.LightningModule, ABC):
         shard = getattr(self.trainer.strategy, "shard", None)
         if shard is not None:
             shard(self)
+        if self.compiles:
+            compiled.compile_blocks(sharding.models_of(self))
+
+    def on_fit_start(self) -> None:
+        """Finds out whether blocks that shall be compiled can be.
+
+        Raises:
+            ValueError: They cannot.
+        """
+        for network in self.networks().values() if self.compiles else ():
+            for model in sharding.models_of(network):
+                with self.precision(), seeds.forked(self.seed, "rehearsal"):
+                    compiled.rehearse(model)
 
     def configure_optimizers(self) -> dict[str, Any]:
         """One optimizer for all networks: with several, `global_step` would count each one's steps."""
