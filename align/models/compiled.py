@@ -27,7 +27,7 @@ def compile_blocks(models: Iterable[PreTrainedModel]) -> None:
     """Lets blocks be compiled when they are first computed, once for sequences of any number and length.
 
     Args:
-        models: After they are sharded, for that changes the blocks.
+        models: Before they are sharded, which hides what their blocks are.
 
     Raises:
         ValueError: One does not say what its blocks are.

@@ -91,11 +91,11 @@ class AlignModule(L.LightningModule, ABC):
 
     def configure_model(self) -> None:
         """Lets a strategy that shards weights do so. Called by Lightning on every rank before weights are restored."""
+        if self.compiles:
+            compiled.compile_blocks(sharding.models_of(self))
         shard = getattr(self.trainer.strategy, "shard", None)
         if shard is not None:
             shard(self)
-        if self.compiles:
-            compiled.compile_blocks(sharding.models_of(self))
 
     def on_fit_start(self) -> None:
         """Finds out whether blocks that shall be compiled can be.
