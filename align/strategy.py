@@ -8,7 +8,6 @@ import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed as dist
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 

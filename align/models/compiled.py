@@ -6,6 +6,7 @@ comes back (`align.models.attention`).
 """
 
 import contextlib
+import textwrap
 from collections.abc import Iterable
 
 import torch
@@ -21,6 +22,9 @@ one sequence or several, its weights learning or frozen, each adapter; so for al
 
 REHEARSED = (2, 64)
 """Sequences and tokens of a rehearsal; fewer tokens where a model has fewer positions."""
+
+MOST_OF_A_REASON = 300
+"""Characters: a C++ compiler can say pages."""
 
 
 def compile_blocks(models: Iterable[PreTrainedModel]) -> None:
@@ -54,7 +58,7 @@ def rehearse(model: PreTrainedModel) -> None:
     try:
         sharding.run(model, _learn, ids)
     except TorchDynamoException as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = textwrap.shorten(str(error).strip().split("\n\n")[0], MOST_OF_A_REASON)
         raise ValueError(
             f"compile: got true, but the blocks of {type(model).__name__} cannot be compiled here: {reason}; expected "
             "a model that torch.compile can take and, on a CPU, a C++ compiler such as g++ (CXX names another one); "

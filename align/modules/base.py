@@ -45,7 +45,9 @@ class AlignModule(L.LightningModule, ABC):
         micro_batch_tokens: The most tokens, padding included, computed at once. Memory only: results differ by
             rounding.
         seed: Of everything this module draws.
-        compile: COMPILEDOC
+        compile: Compiles every transformer block (torch.compile) for learning and scoring; writing stays as it is.
+            Results differ by rounding, dropout draws other numbers, and compiling takes a minute or more. Scoring and
+            learning are compiled apart, so PPO's first ratio may be off 1 by rounding; on a CPU in float32 it was 1.
     """
 
     def __init__(
