@@ -8,7 +8,7 @@ from unittest import mock
 import tiny
 import torch
 from torch._dynamo.utils import counters
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 
 from align.models import adapters, attention, hydra
 from align.types import Sequences
@@ -27,9 +27,11 @@ def afresh(backend: str | None = "eager") -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
     limit = torch._dynamo.config.recompile_limit
-    plain = mock.patch.object(attention, "attend", inspect.unwrap(attention.attend))
-    with plain, torch.compiler.set_stance(force_backend=backend):
+    checked, plain = attention.attend, inspect.unwrap(attention.attend)
+    AttentionInterface.register(attention.NAME, plain)  # for models that are there, and those to come
+    with mock.patch.object(attention, "attend", plain), torch.compiler.set_stance(force_backend=backend):
         yield
+    AttentionInterface.register(attention.NAME, checked)
     torch._dynamo.config.recompile_limit = limit
     torch._dynamo.reset()
 

@@ -178,13 +178,13 @@ def test_a_stopped_run_continues_to_the_same_bits(
 
     def stops(module: SFTModule, batch: Any) -> Iterator[Any]:
         yield from losses(module, batch)
-        if module.global_step == 3:
+        if module.global_step == 4:
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patched:
         patched.setattr(SFTModule, "losses", stops)
         assert fit.main([*command, f"run_dir={tmp_path / 'stopped'}"]) == interrupt.AGAIN
-    assert checkpoints.step_of(checkpoints.found(tmp_path / "stopped" / "checkpoints")[0]) == 3
+    assert checkpoints.step_of(checkpoints.found(tmp_path / "stopped" / "checkpoints")[0]) == 4
     with fresh_cache(), afresh(None):
         assert fit.main([*command, f"run_dir={tmp_path / 'stopped'}"]) == 0
         assert graphs() > 0
