@@ -9,12 +9,16 @@ import tiny
 import torch
 from compiling import afresh, graphs, model
 
+from align.data.comparisons import ComparisonData
 from align.data.demonstrations import DemonstrationData
 from align.models import compiled, forward, sharding
+from align.modules.reward import RewardModule
 from align.modules.sft import SFTModule
 from align.optim import Optim
 
 ROWS = [{"prompt": f"w{3 + i} w{4 + i}", "response": f"w{9 + i} w{8 + i}"} for i in range(8)]
+
+SHORT = {"max_prompt_tokens": 20, "max_response_tokens": 20}
 
 
 @pytest.fixture(autouse=True)
@@ -28,9 +32,7 @@ def sft(**arguments: bool) -> SFTModule:
 
 
 def data() -> DemonstrationData:
-    return DemonstrationData(
-        tokenizer=tiny.tokenizer(), train=ROWS, batch_size=4, max_prompt_tokens=20, max_response_tokens=20
-    )
+    return DemonstrationData(tokenizer=tiny.tokenizer(), train=ROWS, batch_size=4, **SHORT)
 
 
 def test_names_copies_and_numbers_stay_what_they_are() -> None:
@@ -66,6 +68,13 @@ def test_a_model_without_blocks_is_refused() -> None:
     made._no_split_modules = []
     with pytest.raises(ValueError, match="does not say what its blocks are"):
         compiled.compile_blocks([made])
+
+
+def test_a_reward_model_is_compiled_too(tmp_path: Path) -> None:
+    module = RewardModule(model=tiny.scalar_model(), tokenizer=tiny.tokenizer(), optim=Optim(lr=1e-3), compile=True)
+    rows = [{"prompt": "w3 w4", "responses": ["w5", "w6"], "scores": [1, 0]}] * 4
+    tiny.fit(module, ComparisonData(tokenizer=tiny.tokenizer(), train=rows, batch_size=4, **SHORT), tmp_path)
+    assert graphs() > 0
 
 
 def test_a_rehearsal_changes_nothing(tmp_path: Path) -> None:
