@@ -8,10 +8,8 @@ import torch
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 from torch import distributed as dist
-from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
-from transformers import PreTrainedModel
 
 from align import checkpoints, distributed
 from align.models import deferred, load, sharding
@@ -82,7 +80,7 @@ class FSDP(ModelParallelStrategy):
         compute_dtype = torch.bfloat16 if precision == "bf16-mixed" else None
         for child in module.children():
             whole = self.keep_frozen and not any(parameter.requires_grad for parameter in child.parameters())
-            for model in models_of(child):
+            for model in sharding.models_of(child):
                 dtype = None if is_quantised(model) else compute_dtype  # codes are no numbers to be rounded
                 if not whole:
                     sharding.shard(
@@ -152,10 +150,3 @@ class FSDP(ModelParallelStrategy):
                     if isinstance(value, torch.Tensor) and value.ndim and value.shape[0] == parameter.shape[0]:
                         own[name] = distributed.sharded_like(value, parameter)
             optimizer.load_state_dict(state)
-
-
-def models_of(module: nn.Module) -> list[PreTrainedModel]:
-    """The transformers models in a module, or it itself; outermost ones only."""
-    if isinstance(module, PreTrainedModel):
-        return [module]
-    return [found for child in module.children() for found in models_of(child)]

@@ -18,7 +18,7 @@ from align import seeds
 from align.data.prompts import encode_prompts
 from align.data.sources import Source, read
 from align.formulas.returns import kl_k1
-from align.models import sharding
+from align.models import compiled, sharding
 from align.modules.base import AlignModule
 from align.rollout.sampler import Sampler
 from align.types import Completions
@@ -61,7 +61,7 @@ class SampleTable(L.Callback):
         prompts = encode_prompts(module.tokenizer, self.rows, self.max_prompt_tokens).to(module.device)
         prompts = replace(prompts, seeds=seeds.derive_all(module.seed, "samples", range(len(prompts.rows))))
         model = module.exported()
-        with module.precision(), seeds.forked(module.seed, "samples"), sharding.gathered(model):
+        with module.precision(), seeds.forked(module.seed, "samples"), sharding.gathered(model), compiled.off():
             completions = self.sampler(model, prompts)  # type: ignore[arg-type]
         texts = response_texts(module.tokenizer, completions)
         done = completions.finished.tolist()

@@ -57,6 +57,7 @@ def attend(
         return sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **arguments)
 
 
+@torch.compiler.disable(reason="it would be compiled anew for each number of prompts")
 def _attend_to_shared(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, shared: SharedPrompts, **arguments: Any
 ) -> Tensor:

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from align.formulas.losses import entropy
-from align.models import hydra, sharding, shared
+from align.models import compiled, hydra, sharding, shared
 from align.models.attention import causal, looks_all_the_way
 from align.models.heads import ScalarModel
 from align.models.hydra import Below
@@ -272,7 +272,7 @@ def _shares(model: PreTrainedModel, device: torch.device) -> bool:
     ids = torch.tensor([[1, 2, 3, 0, 0], [1, 2, 0, 3, 1], [2, 3, 1, 0, 0]], device=device)
     lengths, prompts = torch.tensor([3, 5, 4], device=device), torch.tensor([0, 0, 1], device=device)
     laid_out = shared.share(ids, lengths, prompts, apart=True)
-    with torch.no_grad(), evaluating(model), sharding.gathered(model):
+    with torch.no_grad(), evaluating(model), sharding.gathered(model), compiled.off():
         apart = sharding.run(model, _hidden, ids)[torch.arange(3, device=device), lengths - 1].float()
         try:
             together = sharding.run(model, _shared_hidden, laid_out)[laid_out.last].float()
@@ -365,7 +365,7 @@ def _has_plain_head(model: PreTrainedModel, device: torch.device) -> bool:
     such models are asked for their logits whole, which costs memory and stays right.
     """
     if model not in _plain_heads:
-        with torch.no_grad(), evaluating(model), sharding.gathered(model):
+        with torch.no_grad(), evaluating(model), sharding.gathered(model), compiled.off():
             _plain_heads[model] = sharding.run(model, _head_is_plain, torch.arange(2, device=device)[None])
     return _plain_heads[model]
 

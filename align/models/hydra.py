@@ -18,7 +18,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.models import adapters, sharding
+from align.models import adapters, compiled, sharding
 from align.models.attention import causal
 from align.types import sent
 
@@ -206,7 +206,7 @@ def _goes_on(policy: PreTrainedModel, other: PreTrainedModel, count: int) -> boo
     """Whether the models agree about a few tokens, both where the shared blocks end and when they go on from there."""
     ids = torch.arange(12, device=policy.device).reshape(2, 6) % policy.config.get_text_config().vocab_size
     devices = [policy.device] if policy.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):  # dropout, which would be found here, draws
+    with torch.random.fork_rng(devices=devices), compiled.off():  # dropout, which would be found here, draws
         try:
             states, again, theirs = (_below(model, ids, count).hidden for model in (policy, policy, other))
             if _learns(policy, states) or _learns(other, theirs):

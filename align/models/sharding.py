@@ -79,6 +79,13 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
     return found
 
 
+def models_of(module: nn.Module) -> list[PreTrainedModel]:
+    """The transformers models in a module, or it itself; outermost ones only."""
+    if isinstance(module, PreTrainedModel):
+        return [module]
+    return [found for child in module.children() for found in models_of(child)]
+
+
 def run(model: PreTrainedModel, function: Callable[..., Any], *arguments: Any) -> Any:
     """`function(model, *arguments)`, with the weights outside the blocks there if the model is sharded."""
     method = getattr(model, RUN, None)

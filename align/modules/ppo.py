@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align import distributed, interrupt, seeds
 from align.formulas import losses, masked, returns
-from align.models import forward, sharding
+from align.models import compiled, forward, sharding
 from align.models.heads import ScalarModel
 from align.models.hydra import Hydra, depth, grow
 from align.models.load import frozen
@@ -111,7 +111,7 @@ class PPOModule(AlignModule):
             reference, and a value network trained likewise from the same weights; a reward model's is only kept once.
             Changes rounding at most; not under FSDP.
         value_lr: Peak learning rate of the value network; null means `optim.lr`.
-        tokenizer, optim, micro_batch_tokens, seed: See `AlignModule`.
+        tokenizer, optim, micro_batch_tokens, seed, compile: See `AlignModule`.
     """
 
     def __init__(
@@ -129,8 +129,11 @@ class PPOModule(AlignModule):
         value_lr: float | None = None,
         micro_batch_tokens: int = 8192,
         seed: int = 0,
+        compile: bool = False,
     ) -> None:
-        super().__init__(tokenizer=tokenizer, optim=optim, micro_batch_tokens=micro_batch_tokens, seed=seed)
+        super().__init__(
+            tokenizer=tokenizer, optim=optim, micro_batch_tokens=micro_batch_tokens, seed=seed, compile=compile
+        )
         if sampler.temperature <= 0.0:
             raise ValueError(
                 f"sampler.temperature: got {sampler.temperature}, expected a positive number: PPO must sample; "
@@ -223,7 +226,7 @@ class PPOModule(AlignModule):
             self.frozen.forget()
             draws = seeds.forked(self.seed, "sample", iteration, self.global_rank)
             with sharding.gathered(self.policy):  # until its own pass is done, which frees it
-                with draws:
+                with draws, compiled.off():
                     completions = self.sampler(self.policy, prompts.to(self.device)).to("cpu")
                 sampled = time.perf_counter()
                 passes = token_passes(
@@ -264,12 +267,9 @@ class PPOModule(AlignModule):
         )
 
     def _clock_rollout(self, completions: Completions, start: float, sampled: float) -> None:
-        written = float(completions.response_lengths.sum())
-        count = len(completions.ids)
-        since = (
-            {} if self._begun is None else {"speed/episodes_per_second": torch.tensor(count / (start - self._begun))}
-        )
-        self._begun = start
+        written, count = float(completions.response_lengths.sum()), len(completions.ids)
+        before, self._begun = self._begun, start
+        since = {} if before is None else {"speed/episodes_per_second": torch.tensor(count / (start - before))}
         self._collecting = since | {
             "speed/rollout_seconds": torch.tensor(sampled - start),
             "speed/scoring_seconds": torch.tensor(time.perf_counter() - sampled),
@@ -352,11 +352,10 @@ class PPOModule(AlignModule):
 
     def value_loss(self, values: Float[Tensor, "batch response"], part: Rollout, count: Tensor) -> tuple[Tensor, Stats]:
         """Half the squared error to the returns, clipped around the rollout's values if `value_clip` is set."""
-        if self.ppo.value_clip is None:
+        clip = self.ppo.value_clip
+        if clip is None:
             return losses.value_loss(values, part.returns, part.mask, count=count)
-        return losses.clipped_value_loss(
-            values, part.values, part.returns, part.mask, clip=self.ppo.value_clip, count=count
-        )
+        return losses.clipped_value_loss(values, part.values, part.returns, part.mask, clip=clip, count=count)
 
     def pretraining_losses(self, text: Sequences) -> Iterator[tuple[Tensor, Stats]]:
         """γ times the mean cross-entropy of pretraining text, in micro-batches: the second line of Eq. 2."""

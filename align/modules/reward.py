@@ -36,7 +36,7 @@ class RewardModule(AlignModule):
         share_prompts: Computes a prompt once for all its completions, where the model allows it. The same to rounding.
         divisor: What a prompt's summed loss is divided by: "kept_pairs", those that do not tie, so that every prompt
             weighs the same; or "all_pairs", C(K,2). The paper does not say which.
-        tokenizer, optim, micro_batch_tokens, seed: See `AlignModule`.
+        tokenizer, optim, micro_batch_tokens, seed, compile: See `AlignModule`.
     """
 
     def __init__(
@@ -49,8 +49,11 @@ class RewardModule(AlignModule):
         divisor: Literal["kept_pairs", "all_pairs"] = "kept_pairs",
         micro_batch_tokens: int = 8192,
         seed: int = 0,
+        compile: bool = False,
     ) -> None:
-        super().__init__(tokenizer=tokenizer, optim=optim, micro_batch_tokens=micro_batch_tokens, seed=seed)
+        super().__init__(
+            tokenizer=tokenizer, optim=optim, micro_batch_tokens=micro_batch_tokens, seed=seed, compile=compile
+        )
         self.model = model
         self.share_prompts = share_prompts
         self.pair_weights = PAIR_WEIGHTS[divisor]

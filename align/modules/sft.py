@@ -23,7 +23,7 @@ class SFTModule(AlignModule):
 
     Args:
         model: The language model to fine-tune.
-        tokenizer, optim, micro_batch_tokens, seed: See `AlignModule`.
+        tokenizer, optim, micro_batch_tokens, seed, compile: See `AlignModule`.
     """
 
     def __init__(
@@ -34,8 +34,11 @@ class SFTModule(AlignModule):
         optim: Optim,
         micro_batch_tokens: int = 8192,
         seed: int = 0,
+        compile: bool = False,
     ) -> None:
-        super().__init__(tokenizer=tokenizer, optim=optim, micro_batch_tokens=micro_batch_tokens, seed=seed)
+        super().__init__(
+            tokenizer=tokenizer, optim=optim, micro_batch_tokens=micro_batch_tokens, seed=seed, compile=compile
+        )
         self.model = model
         self.valid_loss = MeanMetric()
         self.valid_accuracy = MeanMetric()

@@ -28,7 +28,6 @@ from align.modules.ppo import PPO, PPOModule
 from align.modules.sft import SFTModule
 from align.optim import Optim
 from align.rollout.sampler import DecodeSampler
-from align.strategy import models_of
 from align.types import Completions, Rollout, Sequences
 
 TOKENS = 512
@@ -105,7 +104,7 @@ def measured(objective: str, family: str, checkpointing: bool) -> tuple[int, int
     ranks = distributed.world_size()
     trained = module(objective, family, checkpointing)
     planned = memory.plan(trained, memory.Setting(ranks=ranks, sharded=ranks > 1, tokens=TOKENS))
-    for one in models_of(trained) if ranks > 1 else ():
+    for one in sharding.models_of(trained) if ranks > 1 else ():
         sharding.shard(one, init_device_mesh("cpu", (ranks,)), device=torch.device("cpu"))
     optimizer, _ = trained.optim.build(trained.networks(), steps=2)
     for rows, length in ((1, 8), (8, TOKENS // 4)):  # the optimizer's state is made; then two micro-batches
