@@ -28,10 +28,14 @@ def afresh(backend: str | None = "eager") -> Iterator[None]:
     counters.clear()
     limit = torch._dynamo.config.recompile_limit
     checked, plain = attention.attend, inspect.unwrap(attention.attend)
-    AttentionInterface.register(attention.NAME, plain)  # for models that are there, and those to come
-    with mock.patch.object(attention, "attend", plain), torch.compiler.set_stance(force_backend=backend):
+    for name in (attention.NAME, attention.CAUSAL):
+        AttentionInterface.register(name, plain)  # for models that are there, and those to come
+    shared = inspect.unwrap(attention._attend_to_shared, stop=lambda it: hasattr(it, "_torchdynamo_disable"))
+    unchecked = mock.patch.multiple(attention, attend=plain, _attend_to_shared=shared)
+    with unchecked, torch.compiler.set_stance(force_backend=backend):
         yield
-    AttentionInterface.register(attention.NAME, checked)
+    for name in (attention.NAME, attention.CAUSAL):
+        AttentionInterface.register(name, checked)
     torch._dynamo.config.recompile_limit = limit
     torch._dynamo.reset()
 

@@ -1,4 +1,4 @@
-"""Run by tests/e2e/test_compiled.py on each of two processes: steps of SFT on shared weights, compiled and not."""
+"""Run by tests/e2e/test_compiled_steps.py on each of two processes: steps of SFT on shared weights, compiled and not."""
 
 import sys
 from pathlib import Path
@@ -32,7 +32,7 @@ def steps(compiles: bool) -> tuple[dict[str, torch.Tensor], list[int]]:
             compiled.compile_blocks([made])
         sharding.shard(made, init_device_mesh("cpu", (2,)), device=torch.device("cpu"))
         if compiles:
-            compiled.rehearse(made)
+            compiled.rehearse(made, torch.device("cpu"))
         for lengths in (([3, 9, 1, 5], [4, 1, 7, 5]), ([2, 2, 3], [2, 3, 3]), ([11, 17], [9, 30])):
             batch = text(*lengths)
             forward.token_logprobs(made, batch.ids, batch.mask).mean().backward()

@@ -1,4 +1,4 @@
-"""Compiled blocks: what stays as it is, and what is refused. Whole steps are in tests/e2e/test_compiled.py."""
+"""Compiled blocks: what stays as it is, and what is refused. Whole steps are in tests/e2e/test_compiled_steps.py."""
 
 import copy
 from collections.abc import Iterator
@@ -84,7 +84,7 @@ def test_a_rehearsal_changes_nothing(tmp_path: Path) -> None:
         assert graphs() == (module is ours)  # two steps, of shapes that the rehearsal had not
     for name, weight in plain.model.state_dict().items():
         assert torch.equal(ours.model.state_dict()[name], weight), name
-    short = tiny.llama(max_position_embeddings=8)
+    short = tiny.gpt2(n_positions=8)
     compiled.compile_blocks([short])
     compiled.rehearse(short, torch.device("cpu"))
     assert all(parameter.grad is None for parameter in short.parameters())
