@@ -1,4 +1,4 @@
-"""Run by tests/e2e/test_compiled.py on each of two processes: steps of SFT on shared weights, compiled and not."""
+"""Run by tests/e2e/test_compiled_steps.py on each of two processes: SFT on shared weights, compiled and not."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Compiled blocks: what stays as it is, and what is refused. Whole steps are in tests/e2e/test_compiled.py."""
+"""Compiled blocks: what stays as it is, and what is refused. Whole steps are in tests/e2e/test_compiled_steps.py."""
 
 import copy
 from collections.abc import Iterator
