@@ -162,9 +162,8 @@ def summed_logprobs(
     """Σ log π of each sequence's tokens where the mask is True, at temperature 1, in nats."""
     sums = torch.zeros(len(ids))
     for group in forward.micro_batches(lengths, micro_batch_tokens):
-        part_ids = forward.fitted(ids[group], lengths[group]).to(model.device)
-        part_mask = forward.fitted(mask[group], lengths[group]).to(model.device)
-        flat = forward.token_logprobs(model, part_ids, part_mask)
+        part_ids, part_mask = (forward.fitted(columns[group], lengths[group]) for columns in (ids, mask))
+        flat = forward.token_logprobs(model, part_ids.to(model.device), part_mask)
         sums[group] = forward.by_response(flat, part_mask).sum(1).cpu()
         advance(len(group))
     return sums
@@ -182,7 +181,7 @@ def sequence_rewards(
     rewards, device = torch.zeros(len(ids)), reward.hf.device
     for group in forward.micro_batches(lengths, micro_batch_tokens):
         part = forward.fitted(ids[group], lengths[group]).to(device)
-        rewards[group] = forward.final_scores(reward, part, lengths[group].to(device)).cpu()
+        rewards[group] = forward.final_scores(reward, part, lengths[group]).cpu()
         advance(len(group))
     return rewards
 

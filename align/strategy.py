@@ -24,6 +24,12 @@ class DDP(DDPStrategy):
     once a step itself, as ranks have different numbers of micro-batches. Other modules are wrapped as usual.
     """
 
+    def setup_environment(self) -> None:
+        """Lets tensors in host memory travel too, such as counts."""
+        if self.root_device.type == "cuda":
+            self._process_group_backend = distributed.ON_GPUS
+        super().setup_environment()
+
     def configure_ddp(self) -> None:
         """Gives every rank the first one's weights."""
         module = self.lightning_module

@@ -129,16 +129,16 @@ class Watch(TorchDispatchMode):
 
 
 def _by_depth(
-    traced: Callable[Concatenate[Network, Arithmetic, Arguments], Pass],
+    traced: Callable[Concatenate[Network, Arithmetic, Arguments], Pass], *, learns: bool = False
 ) -> Callable[Concatenate[Network, Arithmetic, Arguments], Pass]:
     """What is found of a deep model from two shallow ones: each number grows by as much with each block.
 
-    In learning, frozen blocks at the bottom add nothing to what is kept, so it is as if they were not there.
+    In a pass that learns, frozen blocks at the bottom add nothing to what is kept, so it is as if they were not there.
     """
 
     @functools.wraps(traced)
     def found(network: Network, arithmetic: Arithmetic, *arguments: Arguments.args, **named: Arguments.kwargs) -> Pass:
-        frozen = hydra.depth(inner(network)) if traced.__name__ == "learning" else 0
+        frozen = hydra.depth(inner(network)) if learns else 0
         depth = len(sharding.blocks(inner(network))) - frozen
         if depth <= DEPTHS[1]:
             part = replace(arithmetic, depth=depth) if frozen else arithmetic
@@ -150,7 +150,7 @@ def _by_depth(
     return found
 
 
-@_by_depth
+@functools.partial(_by_depth, learns=True)
 def learning(network: Network, arithmetic: Arithmetic, tokens: int) -> Pass:
     """A micro-batch's forward and backward pass, as a module makes it that has made others before in this step.
 

@@ -20,8 +20,9 @@ VARIANTS = 64
 """A block's code is compiled for at most this many cases before torch runs it uncompiled: with gradients or without,
 one sequence or several, its weights learning or frozen, each adapter; so for all networks of a module together."""
 
-REHEARSED = (2, 64)
-"""Sequences and tokens of a rehearsal; fewer tokens where a model has fewer positions."""
+REHEARSED = (3, 61)
+"""Sequences and tokens of a rehearsal; fewer tokens where a model has fewer positions. Unlike a model's own sizes, with
+which torch would take them to be one."""
 
 MOST_OF_A_REASON = 300
 """Characters: a C++ compiler can say pages."""

@@ -229,7 +229,7 @@ def by_response(
     flat: Float[Tensor, " tokens"], mask: Bool[Tensor, "batch response"]
 ) -> Float[Tensor, "batch response"]:
     """Token values, row after row, laid out by response; 0 where the mask is False. Gradients pass."""
-    return flat.new_zeros(mask.shape).masked_scatter(mask, flat)
+    return flat.new_zeros(mask.numel()).index_copy(0, _places(mask, flat.device), flat).view(mask.shape)
 
 
 def _places(mask: Bool[Tensor, "batch time"], device: torch.device) -> Int[Tensor, " tokens"]:
@@ -313,7 +313,7 @@ def _function_of_logits(
     if plain:
         head, inputs = _unembedding(model), _before(_hidden(model, ids, below), places)
     else:
-        with hydra.above(model, below):
+        with hydra.above(model, below), causal(model):
             head, inputs = nn.Identity(), _before(model.forward(input_ids=ids, use_cache=False).logits, places)
     return _in_chunks(head, inputs, targets, function, temperature=temperature, vocab=_vocab(model))
 

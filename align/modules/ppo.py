@@ -313,33 +313,33 @@ class PPOModule(AlignModule):
             episodes = replace(episodes, advantages=self._whitened(episodes, count))
         groups = forward.micro_batches(episodes.completions.lengths, self.micro_batch_tokens)
         for number, part in enumerate(self.parts(episodes, groups)):
-            ids, scored = response_tokens(part.completions)
+            (ids, scored), written = response_tokens(part.completions), part.mask
             ids, part = sent((ids, part), self.device)
             below = hydra.below(ids) if states is None else states(groups[number], ids.shape[1])
             if one_pass(self.value):
                 logprobs, values = forward.token_logprobs_and_values(
                     self.policy, self.value, ids, scored, self.sampler.temperature, below
                 )
-                policy_loss, policy_stats = self.policy_piece(logprobs, part, count)
-                value_loss, value_stats = self.value_piece(values, part, count)
+                policy_loss, policy_stats = self.policy_piece(forward.by_response(logprobs, written), part, count)
+                value_loss, value_stats = self.value_piece(forward.by_response(values, written), part, count)
                 yield policy_loss + value_loss, policy_stats | value_stats
             else:  # one graph after the other: less memory
                 logprobs = forward.token_logprobs(self.policy, ids, scored, self.sampler.temperature, below)
-                yield self.policy_piece(logprobs, part, count)
+                yield self.policy_piece(forward.by_response(logprobs, written), part, count)
                 with self.value.in_use():
                     values = forward.token_values(self.value, ids, scored, hydra.given(self.value.hf, below))
-                    yield self.value_piece(values, part, count)
+                    yield self.value_piece(forward.by_response(values, written), part, count)
 
-    def policy_piece(self, logprobs: Float[Tensor, " tokens"], part: Rollout, count: Tensor) -> tuple[Tensor, Stats]:
-        """Clipped policy loss of a micro-batch, and what it says of the update."""
-        new, old, mask = forward.by_response(logprobs, part.mask), part.logprobs, part.mask
+    def policy_piece(self, new: Float[Tensor, "batch response"], part: Rollout, count: Tensor) -> tuple[Tensor, Stats]:
+        """Clipped policy loss of a micro-batch that now has these log-probs, and what it says of the update."""
+        old, mask = part.logprobs, part.mask
         loss, stats = losses.policy_loss(new, old, part.advantages, mask, clip=self.ppo.clip, count=count)
         stats |= {"ratio_max": losses.ratio_max(new, old, mask), "loss": loss.detach()}
         return loss, {f"policy/{name}": value for name, value in stats.items()}
 
-    def value_piece(self, values: Float[Tensor, " tokens"], part: Rollout, count: Tensor) -> tuple[Tensor, Stats]:
+    def value_piece(self, new: Float[Tensor, "batch response"], part: Rollout, count: Tensor) -> tuple[Tensor, Stats]:
         """Value loss of a micro-batch, with its weight; logged without."""
-        loss, stats = self.value_loss(forward.by_response(values, part.mask), part, count)
+        loss, stats = self.value_loss(new, part, count)
         stats |= {"loss": loss.detach()}
         return self.ppo.value_coef * loss, {f"value/{name}": value for name, value in stats.items()}
 

@@ -82,8 +82,7 @@ class RewardModule(AlignModule):
         for part in self.parts(batch, self.groups(batch)):
             rewards = self.rewards(part.ids, part.lengths, part.prompt_index)
             own = losses.preference_pairs(part.scores, part.prompt_index)
-            weights = sent(self.pair_weights(own, prompts), self.device)
-            own = sent(own, self.device)
+            own, weights = sent((own, self.pair_weights(own, prompts)), self.device)
             loss = losses.ranking_loss(rewards, own, weights)
             margin = (rewards[own.winner] - rewards[own.loser]).detach()
             hits = better(margin).sum() / count
@@ -116,7 +115,7 @@ class RewardModule(AlignModule):
         """Scores every completion."""
         with sharding.gathered(self.model):
             rewards = self.rewards_of_all(batch)
-        self._validated.append((rewards, replace(batch, ids=batch.ids[:, :0])))
+        self._validated.append((rewards, replace(batch, ids=batch.ids[:, :0].clone())))
 
     def on_validation_epoch_end(self) -> None:
         """Logs how the order agrees with the labelers', of all ranks' completions: see `RankingMetrics`."""

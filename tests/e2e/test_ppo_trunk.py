@@ -160,7 +160,8 @@ def test_a_head_on_the_policy_adds_its_loss_with_a_weight_in_one_pass(folder: Pa
             part = whitened(ppo, rollout).rows_at(group)
             ids = forward.fitted(part.completions.ids, part.completions.lengths)
             scored = forward.fitted(part.completions.token_mask, part.completions.lengths)
-            yield ppo.policy_piece(forward.token_logprobs(ppo.policy, ids, scored, 0.7), part, count)
+            logprobs = forward.by_response(forward.token_logprobs(ppo.policy, ids, scored, 0.7), part.mask)
+            yield ppo.policy_piece(logprobs, part, count)
             loss, stats = ppo.value_loss(
                 forward.by_response(forward.token_values(ppo.value, ids, scored), part.mask), part, count
             )
@@ -177,7 +178,7 @@ def rollout_of(ppo: Collecting, episodes: Any) -> Any:
     with torch.no_grad():
         passes = token_passes(
             episodes, policy=ppo.policy, reference=ppo.reference, value=ppo.value, temperature=0.7, minibatch=3,
-            micro_batch_tokens=40, hydra=ppo.frozen.hydra,
+            micro_batch_tokens=40, hydra=ppo.frozen.hydra, device=torch.device("cpu"),
         )  # fmt: skip
         scored = Scored(completions=episodes, passes=passes, scores=torch.tensor([1.0, -1.0, 0.5]))
         ppo._collecting = {}

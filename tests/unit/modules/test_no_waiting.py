@@ -24,6 +24,9 @@ from align.rollout.sampler import DecodeSampler
 from align.types import Comparisons, Rollout, Sequences, sent
 
 META = torch.device("meta")
+ASKING = {torch.ops.aten.masked_scatter_backward, torch.ops.aten.masked_select, torch.ops.aten.nonzero}
+"""What a GPU must be waited for, though torch knows it on the meta device."""
+
 IDS = torch.randint(3, tiny.VOCAB, (6, 12), generator=torch.Generator().manual_seed(0))
 LENGTHS = torch.tensor([12, 9, 5, 12, 7, 4])
 MASK = (torch.arange(12) >= 2) & (torch.arange(12) < LENGTHS[:, None])
@@ -48,6 +51,7 @@ class NothingOfBoth(TorchDispatchMode):
         there = [tensor.is_meta for tensor in given if tensor.is_meta or tensor.ndim]
         self.count += any(there)
         assert all(there) or not any(there), f"{func} takes tensors of both: {[given.shape for given in given]}"
+        assert not any(there) or func.overloadpacket not in ASKING, f"{func} makes as much as the device's numbers say"
         return func(*args, **(kwargs or {}))
 
 
