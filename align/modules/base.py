@@ -180,7 +180,8 @@ class AlignModule(L.LightningModule, ABC):
             stats[f"lr/{group['name']}"] = torch.tensor(group["lr"])
         distributed.sum_gradients(p for own in parameters.values() for p in own)
         norms = {name: gradient_norm(own) for name, own in parameters.items()}
-        if bool(torch.stack([norm.isfinite() for norm in norms.values()]).all()):  # asked once, as a GPU is waited for
+        finite = [norm.isfinite().to(self.device) for norm in norms.values()]  # where weights rest elsewhere, not there
+        if bool(torch.stack(finite).all()):  # asked once, as a GPU is waited for
             self.nonfinite_steps = 0
             for name, own in parameters.items():
                 scale_gradients(own, norms[name], self.optim.max_grad_norm or float("inf"))
