@@ -115,7 +115,8 @@ class RewardModule(AlignModule):
         """Scores every completion."""
         with sharding.gathered(self.model):
             rewards = self.rewards_of_all(batch)
-        self._validated.append((rewards, replace(batch, ids=batch.ids[:, :0].clone())))
+        nothing = batch.ids[:, :0].clone()  # as a slice it would keep all ids
+        self._validated.append((rewards, replace(batch, ids=nothing)))
 
     def on_validation_epoch_end(self) -> None:
         """Logs how the order agrees with the labelers', of all ranks' completions: see `RankingMetrics`."""

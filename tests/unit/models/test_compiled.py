@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from compiling import afresh, graphs, model
+from compiling import afresh, graphs, model, text
 
 from align.data.comparisons import ComparisonData
 from align.data.demonstrations import DemonstrationData
 from align.models import compiled, forward, sharding
+from align.models.attention import use_attend
 from align.modules.reward import RewardModule
 from align.modules.sft import SFTModule
 from align.optim import Optim
@@ -88,3 +89,14 @@ def test_a_rehearsal_changes_nothing(tmp_path: Path) -> None:
     compiled.compile_blocks([short])
     compiled.rehearse(short, torch.device("cpu"))
     assert all(parameter.grad is None for parameter in short.parameters())
+
+
+def test_a_rehearsal_is_as_long_as_nothing_in_a_model() -> None:
+    """Of 64 tokens it would be compiled for exactly as many, the size of a head, and again for the first batch."""
+    made = tiny.llama(hidden_size=128, num_attention_heads=2, num_key_value_heads=1, head_dim=64).train()
+    use_attend(made)
+    compiled.compile_blocks([made])
+    compiled.rehearse(made, torch.device("cpu"))
+    batch = text([3, 9, 1, 5], [4, 1, 7, 5])
+    forward.token_logprobs(made, batch.ids, batch.mask).sum().backward()
+    assert graphs() == 1
