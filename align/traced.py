@@ -47,7 +47,7 @@ class Arithmetic:
         dtype: Of the arithmetic, where it is not that of the weights.
         sharded: Weights come gathered in `dtype`, gradients leave block by block.
         gpu: On a GPU, whose attention takes any number format (`align.models.attention`).
-        depth: The model's first blocks, so many; None: all.
+        depth: The model's last blocks, so many, which learn where not all do; None: all.
     """
 
     dtype: torch.dtype | None = None
@@ -232,21 +232,15 @@ def writing(network: Network, arithmetic: Arithmetic, sequences: int, prompt: in
 def _hollow(network: Network, arithmetic: Arithmetic) -> Iterator[tuple[Any, Watch]]:
     """The network with tensors without contents in it, the arithmetic switched on, and what counts new tensors."""
     mode, watch, blocks = FakeTensorMode(), Watch(), sharding.blocks(inner(network))
-    depth = len(blocks) if arithmetic.depth is None else arithmetic.depth
-    instead: dict[int, Any] = {id(block): nn.Identity() for block in blocks[depth:]}
-    unused = {parameter for block in blocks[depth:] for parameter in block.parameters()}
-    # The first blocks stand for the last ones, of which more learn where only some do.
-    learns = {
-        parameter: twin.requires_grad
-        for block, last in zip(blocks[:depth], blocks[-depth:], strict=True)
-        for parameter, twin in zip(block.parameters(), last.parameters(), strict=False)
-    }
+    out = [] if arithmetic.depth is None else blocks[: len(blocks) - arithmetic.depth]
+    instead: dict[int, Any] = {id(block): nn.Identity() for block in out}
+    unused = {parameter for block in out for parameter in block.parameters()}
     with mode, torch.device("cpu"):
         quantised = is_quantised(inner(network))
         for parameter in {*network.parameters(), *inner(network).parameters()} - unused:
             gathered = arithmetic.dtype if arithmetic.sharded and not quantised else None
             empty = torch.empty(parameter.shape, dtype=gathered or parameter.dtype)
-            instead[id(parameter)] = nn.Parameter(empty, learns.get(parameter, parameter.requires_grad))
+            instead[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
         for buffer in {*network.buffers(), *inner(network).buffers()}:
             instead[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
     own = [tensor for tensor in instead.values() if isinstance(tensor, Tensor)]
@@ -262,11 +256,17 @@ def _hollow(network: Network, arithmetic: Arithmetic) -> Iterator[tuple[Any, Wat
 
 
 def _cut(model: PreTrainedModel, depth: int) -> None:
-    """Leaves the first blocks of a model."""
-    first = sharding.blocks(model)[0]
-    (stack,) = (part for part in model.modules() if isinstance(part, nn.ModuleList) and part[0] is first)
-    del stack[depth:]
-    model.config.get_text_config().num_hidden_layers = depth
+    """Leaves the last blocks of a model, and numbers them anew, as their caches are."""
+    last, config = sharding.blocks(model)[-1], model.config.get_text_config()
+    (stack,) = (part for part in model.modules() if isinstance(part, nn.ModuleList) and part[-1] is last)
+    del stack[: len(stack) - depth]
+    for number, block in enumerate(stack):
+        for part in block.modules():
+            if hasattr(part, "layer_idx"):
+                part.layer_idx = number  # type: ignore[assignment]
+    config.num_hidden_layers = depth
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[-depth:]
 
 
 def _outputs(model: Network, ids: Tensor) -> Tensor:

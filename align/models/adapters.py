@@ -67,7 +67,15 @@ class LoRA:
         return errors
 
 
-def add(model: PreTrainedModel, lora: LoRA, *, name: str = OWN, trained: bool = True, seed: int = 0) -> None:
+def add(
+    model: PreTrainedModel,
+    lora: LoRA,
+    *,
+    name: str = OWN,
+    trained: bool = True,
+    seed: int = 0,
+    blocks: Sequence[int] | None = None,
+) -> None:
     """Gives a model a new adapter; all weights that are no adapter's are frozen.
 
     Args:
@@ -76,11 +84,12 @@ def add(model: PreTrainedModel, lora: LoRA, *, name: str = OWN, trained: bool = 
         name: Of the adapter.
         trained: Whether it shall learn.
         seed: Of A, drawn from U(-1/√columns, 1/√columns), which is peft's initialisation.
+        blocks: Numbers of the blocks that get it; None: all.
 
     Raises:
         ValueError: The model has no layers of the names asked for.
     """
-    chosen = _targets(model, lora)
+    chosen = _targets(model, lora, blocks)
     others = list(_layers(model).values())
     in_use = others[0].active_adapters if others else [name]
     before = {parameter: parameter.requires_grad and bool(others) for parameter in model.parameters()}
@@ -90,7 +99,7 @@ def add(model: PreTrainedModel, lora: LoRA, *, name: str = OWN, trained: bool = 
         warnings.filterwarnings("ignore", "fan_in_fan_out is set to False but the target module is `Conv1D`")
         warnings.filterwarnings("ignore", "Already found a `peft_config` attribute in the model")
         # On the meta device: peft would draw values, and from a generator that is not this function's.
-        inject_adapter_in_model(_config(lora, chosen), model, name, low_cpu_mem_usage=True)
+        inject_adapter_in_model(_config(model, lora, chosen, blocks), model, name, low_cpu_mem_usage=True)
     for layer in _layers(model).values():
         for part in _PARTS if name in layer.lora_A else ():
             # In float32 whatever the base model is kept in; and where that is.
@@ -110,12 +119,15 @@ def present(model: nn.Module) -> bool:
     return any(_is_adapted(module) for module in model.modules())
 
 
-def form(model: nn.Module) -> LoRA:
-    """Of a model's own adapter, without its dropout."""
+def form(model: PreTrainedModel) -> tuple[LoRA, list[int] | None]:
+    """Of a model's own adapter, without its dropout; and the numbers of the blocks that have it, None: all."""
     own = {path: layer for path, layer in _layers(model).items() if OWN in layer.lora_A}
     one = next(iter(own.values()))
     targets = sorted({path.rpartition(".")[2] for path in own})
-    return LoRA(rank=one.r[OWN], alpha=one.lora_alpha[OWN], targets=targets)
+    lora = LoRA(rank=one.r[OWN], alpha=one.lora_alpha[OWN], targets=targets)
+    layers = set(own.values())
+    having = [number for number, block in enumerate(sharding.blocks(model)) if layers & {*block.modules()}]
+    return lora, having if len(having) < len(sharding.blocks(model)) else None
 
 
 @contextlib.contextmanager
@@ -198,8 +210,8 @@ def write(model: PreTrainedModel, value_of: Callable[[str], Tensor], folder: Pat
     found |= {name: value_of(name) for name in head}
     if not distributed.is_first():
         return
-    lora = form(model)
-    config = _config(lora, list(lora.targets or ())).to_dict() | {
+    lora, blocks = form(model)
+    config = _config(model, lora, list(lora.targets or ()), blocks).to_dict() | {
         "base_model_name_or_path": model.config.name_or_path,
         "task_type": "SEQ_CLS" if head else "CAUSAL_LM",
         "modules_to_save": ["score"] if head else None,
@@ -236,7 +248,8 @@ def read(model: PreTrainedModel, folder: Path, *, name: str, trained: bool) -> d
     with safe_open(folder / WEIGHTS, framework="pt") as file:
         saved = {key.removeprefix(PREFIX): file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     lora = LoRA(rank=config["r"], alpha=config["lora_alpha"], targets=sorted(config["target_modules"]))
-    add(model, lora, name=name, trained=trained)
+    blocks = config.get("layers_to_transform")
+    add(model, lora, name=name, trained=trained, blocks=[blocks] if isinstance(blocks, int) else blocks)
     for place, parameter in named_parameters(model, name):
         saved_name = place.replace(f".{name}.weight", ".weight")
         value = saved.pop(saved_name, None)
@@ -249,10 +262,13 @@ def read(model: PreTrainedModel, folder: Path, *, name: str, trained: bool) -> d
 _PARTS = ("lora_A", "lora_B")
 
 
-def _config(lora: LoRA, targets: list[str]) -> Any:
+def _config(model: PreTrainedModel, lora: LoRA, targets: list[str], blocks: Sequence[int] | None) -> Any:
     from peft import LoraConfig
 
-    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets)  # type: ignore[arg-type]
+    paths = {module: path for path, module in model.named_modules()}
+    lists = sorted({paths[block].split(".")[-2] for block in sharding.blocks(model)})
+    chosen = {} if blocks is None else {"layers_to_transform": list(blocks), "layers_pattern": lists}
+    return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, **chosen)  # type: ignore[arg-type]
 
 
 def _set(model: PreTrainedModel, place: str, parameter: nn.Parameter, value: Tensor) -> None:
@@ -281,9 +297,11 @@ def _use(model: nn.Module, names: list[str]) -> None:
         layer._disable_adapters = not names
 
 
-def _targets(model: PreTrainedModel, lora: LoRA) -> list[str]:
+def _targets(model: PreTrainedModel, lora: LoRA, blocks: Sequence[int] | None) -> list[str]:
     """The last names of the layers that get an adapter."""
-    parts = (item for block in sharding.blocks(model) for item in block.named_modules())
+    every = sharding.blocks(model)
+    chosen = every if blocks is None else [every[number] for number in blocks]
+    parts = (item for block in chosen for item in block.named_modules())
     inside = [path for path, part in parts if isinstance(part, nn.Linear | Conv1D) or _is_adapted(part)]
     known = sorted({path.rpartition(".")[2] for path in inside if ".lora_" not in path} - {"base_layer"})
     wrong = [target for target in lora.targets or () if target not in known]

@@ -2,7 +2,8 @@
 
 A policy of which only the last blocks learn (`freeze`) has the same lower blocks as its reference, and as a value
 network and a reward model that were trained like that from the same weights. Their hidden states there are then the
-same too: `below` computes them, and `above` lets each network go on from them.
+same too: `below` computes them, and `above` lets each network go on from them. Adapters of the last blocks alone leave
+the lower ones to all that use the policy's weights: with none the reference, with others the value network.
 
 Both work on any model that has its blocks in a list: for the length of a pass, something stands in place of the blocks
 that are not to be computed.
@@ -18,7 +19,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.models import adapters, compiled, sharding
+from align.models import compiled, sharding
 from align.models.attention import causal
 from align.types import sent
 
@@ -53,7 +54,7 @@ class Hydra:
     Attributes:
         policy: Owns the weights they share.
         depth: How many blocks that are; 0: nothing is shared.
-        heads: The networks by name, the policy aside.
+        heads: The networks by name; one that uses the policy's weights throughout is the policy.
     """
 
     policy: PreTrainedModel
@@ -77,7 +78,8 @@ class Hydra:
 
 def grow(policy: PreTrainedModel, networks: Mapping[str, PreTrainedModel | None]) -> Hydra:
     """Lets all networks that can use the policy's frozen lower weights do so; see `join`."""
-    heads = {name: model for name, model in networks.items() if model is not None and join(policy, model)}
+    joined = {model for model in {*networks.values()} if model is not None and join(policy, model)}
+    heads = {name: model for name, model in networks.items() if model is not None and model in joined}
     return Hydra(policy, depth(policy) if heads else 0, heads)
 
 
@@ -105,15 +107,24 @@ def freeze(model: PreTrainedModel, trained_blocks: int) -> None:
         ValueError: The model has fewer blocks.
     """
     blocks = sharding.blocks(model)
-    if not 1 <= trained_blocks <= len(blocks):
-        raise ValueError(
-            f"trained_blocks: got {trained_blocks}, expected 1 to {len(blocks)}, the number of the model's blocks; "
-            "null trains the whole model"
-        )
-    for block in blocks[: len(blocks) - trained_blocks]:
+    for block in blocks[: last_blocks(model, trained_blocks)[0]]:
         block.requires_grad_(False)
     for parameter in _embeddings(model, blocks):
         parameter.requires_grad_(False)
+
+
+def last_blocks(model: PreTrainedModel, count: int) -> list[int]:
+    """The numbers of the last blocks.
+
+    Raises:
+        ValueError: The model has fewer.
+    """
+    blocks = len(sharding.blocks(model))
+    if not 1 <= count <= blocks:
+        raise ValueError(
+            f"trained_blocks: got {count}, expected 1 to {blocks}, the number of the model's blocks; null trains all"
+        )
+    return list(range(blocks - count, blocks))
 
 
 def depth(model: PreTrainedModel) -> int:
@@ -121,11 +132,7 @@ def depth(model: PreTrainedModel) -> int:
 
     0 where weights are sharded: each network gathers its own.
     """
-    if (
-        adapters.present(model)
-        or sharding.is_sharded(model)
-        or all(parameter.requires_grad for parameter in model.parameters())
-    ):
+    if sharding.is_sharded(model) or all(parameter.requires_grad for parameter in model.parameters()):
         return 0
     blocks = sharding.blocks(model)
     if any(parameter.requires_grad for parameter in _embeddings(model, blocks)):
@@ -166,7 +173,7 @@ def join(policy: PreTrainedModel, other: PreTrainedModel) -> bool:
     """
     count = depth(policy)
     if other is policy or count == 0:
-        return False
+        return count > 0 and _goes_on(policy, policy, count)
     own, theirs = lower_parameters(policy, count), lower_parameters(other, count)
     if depth(other) < count or _settings(policy) != _settings(other) or own.keys() != theirs.keys():
         return False

@@ -97,16 +97,15 @@ def load_causal_lm(
         lora: Freezes the weights and trains small updates of them.
         quantise: Keeps the weights of the blocks' linear layers in 8 or 4 bits, and freezes the model.
         trained_blocks: Only so many of the last blocks learn, and what stands behind them; the rest is frozen, which
-            in PPO is kept and computed once for all networks that have it in common (`align.models.hydra`).
+            in PPO is kept and computed once for all networks that have it in common (`align.models.hydra`). With
+            `lora` only so many get updates.
         seed: Of the updates' initialisation.
     """
     config = _config_without_dropout(path)
     model = _from_pretrained(AutoModelForCausalLM, path, quantise, config=config, dtype=getattr(torch, dtype))
     if dropout > 0.0:
         add_residual_dropout(model, dropout)
-    if lora is not None:
-        adapters.add(model, lora, seed=seed)
-    _freeze(model, trained_blocks, lora, quantise)
+    _freeze(model, trained_blocks, lora, quantise, seed)
     return _ready(model, gradient_checkpointing)
 
 
@@ -148,10 +147,9 @@ def load_scalar_model(
         drawn = initialise_head(ScalarModel(model).head, seeds.generator(seed, "head"))
         if (source := deferred.source_of(model)) is not None:
             source.made["score.weight"] = drawn
+    _freeze(model, trained_blocks, lora, quantise, seed)
     if lora is not None:
-        adapters.add(model, lora, seed=seed)
         ScalarModel(model).head.float().requires_grad_(True)  # like the updates, whatever the weights are kept in
-    _freeze(model, trained_blocks, lora, quantise)
     return ScalarModel(_ready(model, gradient_checkpointing))
 
 
@@ -358,15 +356,20 @@ def quantise_model(model: PreTrainedModel, bits: Bits) -> None:
     quantised.quantise(model, sharding.blocks(model), bits)
 
 
-def _freeze(model: PreTrainedModel, trained_blocks: int | None, lora: LoRA | None, bits: Bits | None) -> None:
-    if trained_blocks is None:
-        return
-    if lora is not None or bits is not None:
+def _freeze(
+    model: PreTrainedModel, trained_blocks: int | None, lora: LoRA | None, bits: Bits | None, seed: int
+) -> None:
+    """Freezes what shall not learn, and adds what shall learn in its place."""
+    if lora is not None:
+        blocks = None if trained_blocks is None else hydra.last_blocks(model, trained_blocks)
+        adapters.add(model, lora, seed=seed, blocks=blocks)
+    elif trained_blocks is not None and bits is not None:
         raise ValueError(
-            f"trained_blocks: got {trained_blocks} beside {'lora' if lora is not None else 'quantise'}, which freezes "
-            "all weights already; expected one of the two"
+            f"trained_blocks: got {trained_blocks} beside quantise, which freezes all weights already; add lora, of "
+            "which the last blocks then get updates, or leave out one of the two"
         )
-    hydra.freeze(model, trained_blocks)
+    elif trained_blocks is not None:
+        hydra.freeze(model, trained_blocks)
 
 
 def _ready(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedModel:

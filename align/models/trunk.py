@@ -117,7 +117,8 @@ class Adapter:
                 "with align.models.load.load_scalar_model"
             )
         if deferred.only_shapes():
-            adapters.add(policy, adapters.form(policy), name=name, trained=trained)
+            lora, blocks = adapters.form(policy)
+            adapters.add(policy, lora, name=name, trained=trained, blocks=blocks)
             return TrunkModel(policy, _projection(policy, {}, trained), name)
         folder = Path(self.path)
         if not (folder / FOLDER / adapters.CONFIG).is_file():

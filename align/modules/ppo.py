@@ -167,7 +167,8 @@ class PPOModule(AlignModule):
     def configure_model(self) -> None:
         """See `AlignModule`; then what networks have frozen alike is shared."""
         super().configure_model()
-        others = {"reference": self.reference, "value": self.value.hf, "reward": self.reward.hf}
+        reference = self.policy if self.reference is None else self.reference
+        others = {"reference": reference, "value": self.value.hf, "reward": self.reward.hf}
         self.frozen = FrozenStates(grow(self.policy, others if self.share_frozen else {}), self.micro_batch_tokens)
         if depth(self.policy):
             rank_zero_info(self.frozen.hydra.described())

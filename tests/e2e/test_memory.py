@@ -9,7 +9,7 @@ import tiny
 import torch
 
 from align import memory, traced
-from align.models import hydra, sharding
+from align.models import adapters, hydra, sharding
 from align.models.adapters import LoRA
 from align.models.load import load_causal_lm, load_scalar_model, save_model
 from align.models.trunk import Adapter, Head
@@ -183,12 +183,16 @@ def test_a_deep_model_needs_what_two_shallow_ones_tell(family: str, monkeypatch:
     assert len(sharding.blocks(model)) == 11
 
 
+@pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("trained", [2, 9])
 @pytest.mark.parametrize("arithmetic", [Arithmetic(torch.bfloat16, gpu=True), Arithmetic(sharded=True)])
-def test_frozen_blocks_at_the_bottom_keep_nothing(trained: int, arithmetic: Arithmetic) -> None:
+def test_frozen_blocks_at_the_bottom_keep_nothing(trained: int, arithmetic: Arithmetic, lora: bool) -> None:
     model = tiny.llama(num_hidden_layers=11).train()
     whole = traced.learning(model, arithmetic, 128)
-    hydra.freeze(model, trained)
+    if lora:
+        adapters.add(model, LoRA(rank=4), blocks=hydra.last_blocks(model, trained))
+    else:
+        hydra.freeze(model, trained)
     guess, exact = traced.learning(model, arithmetic, 128), traced.learning.__wrapped__(model, arithmetic, 128)  # type: ignore[attr-defined]
     assert (guess.casts, guess.kept) == pytest.approx((exact.casts, exact.kept), rel=0.02)
     assert guess.passing == pytest.approx(exact.passing, rel=0.1)

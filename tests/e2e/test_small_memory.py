@@ -31,11 +31,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(kind: str, world: Path, run: Path, *overrides: str) -> list[str]:
-    """A run: LoRA in SFT and reward stage; in PPO all on one trunk, in 4 bits too; or a value head on the policy."""
+    """A run: LoRA in SFT and reward stage; in PPO all on one trunk, in 4 bits too; or a value head on the policy.
+
+    The reward stage, and PPO in 4 bits, adapt the last block alone.
+    """
     words = crash_runs.arguments(kind[:7], world, 0)
     keep = ["callbacks.checkpoints.keep=99", f"run_dir={run}", "module.optim.lr=1e-2"]
-    if kind != "sft":
-        keep.append(f"module.{'model' if kind == 'reward' else 'policy'}.trained_blocks=null")
+    if kind in ("ppo-ptx", "ppo-ptx-head"):
+        keep.append("module.policy.trained_blocks=null")
     if kind == "sft":
         words += [f"module.model.lora={LORA}", "module.model.dropout=0", "data.mix=null", "data.mix_fraction=0"]
     elif kind == "reward":
@@ -89,6 +92,7 @@ def test_checkpoints_hold_only_what_learns(alone: dict[str, Path], kind: str) ->
         assert [name for name in state if name.startswith("value.")] == ["value.projection.weight"]
     else:
         assert all(".lora_" in name or "score" in name or "projection" in name for name in state)
+        assert any(".layers.0." in name for name in state) == (kind in ("sft", "ppo-ptx"))
         assert not any(".reward." in name for name in state)
 
 

@@ -130,9 +130,12 @@ def folder(tmp_path: Path) -> str:
     return str(tmp_path / "base")
 
 
-@pytest.mark.parametrize("bits", [None, "4bit"])
-def test_peft_reads_what_is_written_of_a_reward_model(folder: str, bits: Bits | None, tmp_path: Path) -> None:
-    model = load_scalar_model(folder, lora=LoRA(rank=4, targets=["c_attn", "c_fc"]), quantise=bits, seed=3)
+@pytest.mark.parametrize(("bits", "trained"), [(None, None), (None, 1), ("4bit", None)])
+def test_peft_reads_what_is_written_of_a_reward_model(
+    folder: str, bits: Bits | None, trained: int | None, tmp_path: Path
+) -> None:
+    lora = LoRA(rank=4, targets=["c_attn", "c_fc"])
+    model = load_scalar_model(folder, lora=lora, quantise=bits, trained_blocks=trained, seed=3)
     assert {name for name, p in model.hf.named_parameters() if p.requires_grad and ".lora_" not in name} == {
         "score.weight"
     }
@@ -141,6 +144,7 @@ def test_peft_reads_what_is_written_of_a_reward_model(folder: str, bits: Bits | 
     save_model(model, tiny.tokenizer(), tmp_path / "out")
     base = AutoModelForSequenceClassification.from_pretrained(folder, num_labels=1).eval()
     theirs = PeftModel.from_pretrained(base, tmp_path / "out" / "adapter")
+    assert len(list(adapters.named_parameters(theirs, OWN))) == len(list(adapters.named_parameters(model.hf, OWN)))
     merged = load_scalar_model(str(tmp_path / "out"))
     model.hf.eval()
     # Without a padding token transformers reads one sequence at a time.
@@ -170,6 +174,26 @@ def test_an_adapter_is_read_again_bit_for_bit_also_without_weights(folder: str, 
         assert not torch.equal(logits(one), wanted)
         assert not any(parameter.requires_grad for _, parameter in adapters.named_parameters(one, "reward"))
         assert all(parameter.requires_grad for _, parameter in adapters.named_parameters(one, OWN))
+
+
+@pytest.mark.parametrize("bits", [None, "4bit"])
+def test_an_adapter_of_the_last_blocks_is_read_again_as_such(folder: str, bits: Bits | None, tmp_path: Path) -> None:
+    model = load_causal_lm(folder, lora=LoRA(rank=4), quantise=bits, trained_blocks=1).eval()
+    names = [name for name, _ in adapters.named_parameters(model, OWN)]
+    assert names and all(name.startswith("transformer.h.1.") for name in names)
+    assert [name for name, p in model.named_parameters() if p.requires_grad] == names
+    for _, parameter in adapters.named_parameters(model, OWN):
+        parameter.detach().normal_(std=0.3)
+    save_model(model, tiny.tokenizer(), tmp_path / "out")
+    again = load_causal_lm(folder, lora=LoRA(rank=2), quantise=bits).eval()
+    before = logits(again)
+    adapters.read(again, tmp_path / "out" / "adapter", name="value", trained=True)
+    assert [name.replace(".value.", ".default.") for name, _ in adapters.named_parameters(again, "value")] == names
+    assert torch.equal(logits(again), before)
+    with adapters.using(again, "value"):
+        assert torch.equal(logits(again), logits(model)) and not torch.equal(logits(model), before)
+    lora, blocks = adapters.form(model)
+    assert (lora.rank, blocks) == (4, [1]) and adapters.form(again)[1] is None
 
 
 def test_an_adapter_of_other_weights_or_another_shape_is_refused(folder: str, tmp_path: Path) -> None:

@@ -12,12 +12,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor
 from unit.modules.test_ppo import Collecting, data
 
-from align.models import forward, hydra
+from align.models import adapters, forward, hydra
 from align.models.adapters import LoRA
 from align.models.attention import use_attend
 from align.models.heads import ScalarModel
 from align.models.load import add_residual_dropout, frozen, load_causal_lm, load_scalar_model, save_model
-from align.models.trunk import Head
+from align.models.trunk import Adapter, Head
 from align.modules.ppo import PPO
 from align.optim import Optim
 from align.rollout.sampler import DecodeSampler
@@ -100,7 +100,7 @@ def test_what_is_frozen_alike_is_kept_once(tied: bool) -> None:
         hydra.freeze(model, 1)
     reference = frozen(copy.deepcopy(policy))
     grown = hydra.grow(policy, {"a": reference, "b": value.hf, "c": reward.hf, "d": policy, "e": None})
-    assert grown.depth == 2 and grown.described() == "2 frozen blocks are one for policy, a, b, c"
+    assert grown.depth == 2 and grown.described() == "2 frozen blocks are one for policy, a, b, c, d"
     own = {id(p) for p in policy.parameters()}
     for model in (reference, value.hf, reward.hf):
         for name, parameter in model.named_parameters():
@@ -189,6 +189,34 @@ def test_blocks_that_cannot_be_stood_in_for_are_found_out(monkeypatch: pytest.Mo
         assert names == ["LlamaDecoderLayer"] * 3  # they are back in their places
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model, and a reward model that is an adapter of its last block."""
+    folder = tmp_path_factory.mktemp("models")
+    save_model(three_blocks(), tiny.tokenizer(), folder / "base")
+    reward = load_scalar_model(str(folder / "base"), lora=LoRA(rank=3), trained_blocks=1, seed=1)
+    for number, (_, parameter) in enumerate(adapters.named_parameters(reward.hf, adapters.OWN)):
+        parameter.detach().normal_(std=0.2, generator=torch.Generator().manual_seed(number))
+    save_model(reward, tiny.tokenizer(), folder / "reward")
+    return folder
+
+
+def adapted(folders: Path, value: str, share: bool, checkpointing: bool) -> Collecting:
+    """PPO whose networks are adapters of the last block: of one trunk, or the value network's of its own."""
+    base: dict[str, Any] = {
+        "path": str(folders / "base"), "trained_blocks": 1, "gradient_checkpointing": checkpointing,
+        "quantise": "4bit" if value.endswith("4bit") else None,
+    }  # fmt: skip
+    adapter = Adapter(path=str(folders / "reward"))
+    apart = "apart" in value
+    return Collecting(
+        policy=load_causal_lm(lora=LoRA(rank=4), seed=2, **base), reward=tiny.scalar_model(2) if apart else adapter,
+        value=load_scalar_model(lora=LoRA(rank=3), seed=2, **base) if apart else adapter, share_frozen=share,
+        sampler=DecodeSampler(max_new_tokens=9, temperature=0.7), tokenizer=tiny.tokenizer(),
+        ppo=PPO(ptx_coef=0.3), optim=Optim(lr=1e-2), micro_batch_tokens=40,
+    )  # fmt: skip
+
+
 def ppo_of(share: bool, value: str, checkpointing: bool = False) -> Collecting:
     policy = three_blocks()
     network: Any = Head() if value == "head" else scalar_of(policy)
@@ -205,19 +233,23 @@ def ppo_of(share: bool, value: str, checkpointing: bool = False) -> Collecting:
 
 @pytest.mark.parametrize(
     ("value", "checkpointing"),
-    [("frozen alike", False), ("frozen alike", True), ("trained whole", False), ("head", False)],
-)
+    [
+        ("frozen alike", False), ("frozen alike", True), ("trained whole", False), ("head", False),
+        ("adapters, 4bit", True), ("adapters apart", False),
+    ],
+)  # fmt: skip
 def test_ppo_learns_the_same_with_shared_blocks_in_fewer_passes(
-    tmp_path: Path, value: str, checkpointing: bool
+    tmp_path: Path, value: str, checkpointing: bool, folders: Path
 ) -> None:
-    runs, computed = [], []
+    runs, computed, lora = [], [], value.startswith("adapters")
     for share in (False, True):
-        ppo, tokens = ppo_of(share, value, checkpointing), [0]
+        ppo = adapted(folders, value, share, checkpointing) if lora else ppo_of(share, value, checkpointing)
+        tokens = [0]
 
         def counting(_block: Any, _inputs: Any, hidden: Tensor, tokens: list[int] = tokens) -> None:
             tokens[0] += hidden.shape[0] * (hidden.shape[1] > 1)  # rows, of passes that write no token
 
-        for model in {ppo.policy, ppo.reference, ppo.value.hf}:
+        for model in {ppo.policy, ppo.reference, ppo.value.hf} - {None}:
             model.base_model.layers[0].register_forward_hook(counting)
         tiny.fit(ppo, data(**TEXTS, epochs=2), tmp_path / str(share))
         runs.append(ppo)
@@ -226,7 +258,7 @@ def test_ppo_learns_the_same_with_shared_blocks_in_fewer_passes(
     assert (together.frozen.hydra.depth, apart.frozen.hydra.depth) == (2, 0)
     # 32 episodes: once by policy, reference and value network, and twice more by those that learn from each twice; the
     # policy's once for all of them. Texts (32 rows), prompts and trials come to both.
-    own = {"head": 1, "frozen alike": 2, "trained whole": 2}[value]
+    own = 1 if value == "head" else 2
     once = 32 * (3 * own + 1)
     now = 32 * (1 + (3 if value == "trained whole" else 0))
     assert computed[0] - computed[1] == pytest.approx(once - now, abs=16)
@@ -239,7 +271,21 @@ def test_ppo_learns_the_same_with_shared_blocks_in_fewer_passes(
     ours, theirs = (dict(run.named_parameters()) for run in (together, apart))
     for name, parameter in ours.items():
         torch.testing.assert_close(parameter, theirs[name], rtol=1e-4, atol=1e-5, msg=name)
-    assert sum(p.numel() for p in together.parameters()) < sum(p.numel() for p in apart.parameters())
+    sizes = [sum(p.numel() for p in run.parameters()) for run in (together, apart)]
+    assert sizes[0] == sizes[1] if lora and "apart" not in value else sizes[0] < sizes[1]
+
+
+def test_adapters_of_the_last_block_share_the_others_in_few_bits_too(folders: Path) -> None:
+    ppo, whole = (adapted(folders, f"adapters apart, {bits}", True, False) for bits in ("4bit", "32bit"))
+    assert not hydra.join(ppo.policy, whole.value.hf)  # rounded or not
+    assert hydra.join(ppo.policy, ppo.value.hf) and hydra.depth(ppo.policy) == 2
+    for number, alike in ((0, True), (2, False)):
+        codes, theirs = (model.base_model.layers[number].mlp.up_proj for model in (ppo.policy, ppo.value.hf))
+        if number == 2:
+            codes, theirs = codes.base_layer, theirs.base_layer
+        assert (codes.weight is theirs.weight, codes.scales is theirs.scales) == (alike, alike)
+    everywhere = load_causal_lm(str(folders / "base"), lora=LoRA(rank=4))
+    assert hydra.depth(everywhere) == 0
 
 
 def test_what_is_kept_is_what_would_be_computed_again(tmp_path: Path) -> None:
@@ -298,7 +344,7 @@ def test_folders_are_loaded_frozen_and_saved_whole(tmp_path: Path) -> None:
     save_model(reward, tiny.tokenizer(), tmp_path / "reward")
     again = load_scalar_model(str(tmp_path / "reward"), trained_blocks=1)
     assert hydra.join(model, again.hf)
-    with pytest.raises(ValueError, match=r"trained_blocks: got 1 beside lora, which freezes all weights already"):
-        load_causal_lm(path, trained_blocks=1, lora=LoRA(rank=2))
+    with pytest.raises(ValueError, match=r"trained_blocks: got 4, expected 1 to 3"):
+        load_causal_lm(path, trained_blocks=4, lora=LoRA(rank=2))
     with pytest.raises(ValueError, match=r"trained_blocks: got 1 beside quantise, which freezes all weights already"):
         load_scalar_model(path, trained_blocks=1, quantise="8bit")
