@@ -4,6 +4,7 @@ A user's mistake ends a command with a readable message and exit code 2; everyth
 """
 
 import argparse
+import gc
 import os
 import re
 import shutil
@@ -61,6 +62,9 @@ def guarded(body: Callable[[], int | None], what: str) -> int:
         body: See `run`.
         what: The command, for the message.
     """
+    if not gc.isenabled():  # `align/__init__.py` has seen to that
+        gc.freeze()  # what has been imported stays
+        gc.enable()
     try:
         return body() or 0
     except RunError as error:
