@@ -73,7 +73,8 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
         ValueError: It has none.
     """
     names = set(model._no_split_modules or ())
-    found = [module for module in model.modules() if type(module).__name__ in names]
+    # By any class they are of: sharded ones are of a class of their own beside.
+    found = [module for module in model.modules() if names & {kind.__name__ for kind in type(module).__mro__}]
     if not found:
         raise ValueError(f"{type(model).__name__} does not say what its blocks are, so it cannot be sharded by FSDP")
     return found
