@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 
 from lightning.pytorch import LightningModule, Trainer
@@ -22,9 +22,6 @@ from lightning.pytorch.loggers import Logger, WandbLogger
 from align import distributed
 from align.atomic import write_text
 from align.metrics_file import MetricsFile
-
-if TYPE_CHECKING:
-    import wandb  # takes a second, so only what needs it imports it
 
 DEFAULTS: Mapping[str, Any] = {"csv": True, "wandb": {"project": "align"}}
 """The `loggers` of a run that does not say otherwise."""
@@ -38,7 +35,7 @@ SECONDS_BETWEEN_LINES = 15.0
 
 def wandb_settings() -> set[str]:
     """The keys that `loggers.wandb` may have: those of `wandb.init`, less what the run folder decides."""
-    import wandb
+    import wandb  # takes a second
 
     return set(inspect.signature(wandb.init).parameters) - {"dir", "config"}
 
@@ -139,8 +136,8 @@ class _Lines(Tqdm):
             print(str(self), file=self.fp, flush=True)
 
 
-def _start_wandb(settings: Mapping[str, Any], run_dir: Path, config: dict[str, Any]) -> "wandb.Run":
-    """A W&B run against optimizer steps; offline where W&B would otherwise stop and ask for a key."""
+def _start_wandb(settings: Mapping[str, Any], run_dir: Path, config: dict[str, Any]) -> Any:
+    """A `wandb.Run` against optimizer steps; offline where W&B would otherwise stop and ask for a key."""
     import wandb
     from wandb.errors import UsageError
 
@@ -177,7 +174,7 @@ def _has_wandb_key() -> bool:
     return False
 
 
-def _finish(run: "wandb.Run", failed: bool) -> None:
+def _finish(run: Any, failed: bool) -> None:
     offline, folder = run.offline, Path(run.settings.sync_dir)
     run.finish(exit_code=int(failed))
     if offline and folder.is_dir():

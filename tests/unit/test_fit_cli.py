@@ -1,6 +1,8 @@
 """`python -m align.fit`: what a run leaves behind, what it says, and how it ends after a mistake."""
 
 import csv
+import gc
+import importlib
 import os
 import re
 from pathlib import Path
@@ -13,6 +15,7 @@ from omegaconf import OmegaConf
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+import align
 from align import cli, fit, loggers, schema
 
 HERE = __name__
@@ -320,3 +323,17 @@ def test_the_written_configuration_runs_again(folder: Path) -> None:
     assert fit.main(["c.yaml"]) == 0
     assert fit.main(["runs/one/config.yaml", "run_dir=runs/two"]) == 0
     assert Path("runs/two/metrics.csv").read_text() == Path("runs/one/metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("started", ["-m", "train.py"])
+def test_garbage_waits_only_while_a_command_is_imported(started: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", [started])
+    try:
+        importlib.reload(align)
+        assert gc.isenabled() == (started != "-m")
+        frozen = gc.get_freeze_count()
+        assert cli.guarded(lambda: int(gc.isenabled()), "a command") == 1
+        assert (gc.get_freeze_count() > frozen) == (started == "-m")
+    finally:
+        gc.unfreeze()
+        gc.enable()
