@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from align.models.groups import GroupedSlots, attend_in_groups
 from align.models.shared import SharedPrompts
 from align.models.slots import Slots
 
@@ -81,6 +82,8 @@ def _attend_to_slots(
 ) -> Tensor:
     if arguments.get("position_bias") is not None:
         raise ValueError(f"{type(module).__name__} adds a bias for positions, which rows of different lengths lack")
+    if isinstance(slots, GroupedSlots):
+        return attend_in_groups(query, key, value, module.layer_idx, slots, arguments.get("scaling"))  # type: ignore[arg-type]
     bands = slots.put(module.layer_idx, key, value)  # type: ignore[arg-type]
     return torch.cat(
         [attend(module, query[rows], keys, values, mask, **arguments)[0] for rows, keys, values, mask in bands]

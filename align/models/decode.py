@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from align.models import sharding
 from align.models.attention import looks_all_the_way
 from align.models.forward import ROUNDING, evaluating, micro_batches
+from align.models.groups import GroupedSlots
 from align.models.slots import Filling, Slots
 
 PROMPT_TOKENS = 8192
@@ -37,6 +38,9 @@ def fill(
         slots: The cache, which has these rows.
         rows: Of each prompt.
     """
+    if isinstance(slots, GroupedSlots):
+        _fill_groups(model, ids, lengths, slots)
+        return
     inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     different, which = torch.where(inside, ids, -1).unique(dim=0, return_inverse=True)
     sizes = (different >= 0).sum(1)
@@ -51,6 +55,21 @@ def fill(
     slots.filling = None
 
 
+def _fill_groups(
+    model: PreTrainedModel, ids: Int[Tensor, "rows time"], lengths: Int[Tensor, " rows"], slots: GroupedSlots
+) -> None:
+    """Computes the prompts of the last rows, of which equal ones lie side by side, and keeps each once."""
+    inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    different, of = torch.where(inside, ids, -1).unique_consecutive(dim=0, return_inverse=True)
+    sizes = (different >= 0).sum(1)
+    at_once = max(1, PROMPT_TOKENS // ids.shape[1])
+    for first in range(0, len(sizes), at_once):
+        picked = slice(first, first + at_once)
+        begun = slots.begin_with(sizes[picked], of[of // at_once == first // at_once] - first)
+        sharding.run(model, _fill, different[picked, : begun.width].clamp_min(0), slots)
+    slots.filling = None
+
+
 def next_logits(model: PreTrainedModel, tokens: Int[Tensor, " rows"], slots: Slots) -> Float[Tensor, "rows vocab"]:
     """Puts one more token into each row; the logits of what follows it."""
     slots.begin()
@@ -58,7 +77,7 @@ def next_logits(model: PreTrainedModel, tokens: Int[Tensor, " rows"], slots: Slo
     none = torch.zeros((1, 1, 1, 1), device=tokens.device)
     out = model(
         input_ids=tokens[:, None],
-        position_ids=slots.lengths[:, None],
+        position_ids=slots.positions[:, None],
         attention_mask=none,
         use_cache=False,
         logits_to_keep=1,
@@ -75,15 +94,15 @@ def _fill(model: PreTrainedModel, ids: Int[Tensor, "prompts time"], slots: Slots
 def able(model: PreTrainedModel, device: torch.device) -> bool:
     """Whether a model's logits are right this way: tried out once a model."""
     if model not in _able:
-        _able[model] = looks_all_the_way(model) and _try(model, device)
+        _able[model] = looks_all_the_way(model) and all(_try(model, device, kind) for kind in (Slots, GroupedSlots))
     return _able[model]
 
 
-def _try(model: PreTrainedModel, device: torch.device) -> bool:
+def _try(model: PreTrainedModel, device: torch.device, kind: type[Slots]) -> bool:
     """Two prompts of different lengths and two tokens more of each, against one pass over all of it."""
     ids = torch.tensor([[1, 2, 3, 2, 1], [2, 3, 1, 3, 1]], device=device)
     lengths, rows = torch.tensor([3, 2], device=device), torch.arange(2, device=device)
-    slots, got = Slots(device, most=5), []
+    slots, got = kind(device, most=5), []
     with torch.no_grad(), evaluating(model), sharding.gathered(model):
         expected = model(input_ids=ids, use_cache=False).logits
         slots.lay_out(torch.full_like(lengths, -1), lengths)

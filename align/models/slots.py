@@ -38,7 +38,7 @@ class Slots:
 
     Attributes:
         lengths: Tokens each row holds, longest first. Where the next token's keys and values go.
-        filling: Set while prompts are computed; None while tokens are written.
+        filling: What takes the prompts that are being computed; None while tokens are written.
 
     Args:
         device: Of the model.
@@ -48,11 +48,20 @@ class Slots:
     def __init__(self, device: torch.device, *, most: int) -> None:
         self.most = most
         self.lengths: Int[Tensor, " rows"] = torch.zeros(0, dtype=torch.long, device=device)
-        self.filling: Filling | None = None
+        self.filling: object = None
         self._layers: dict[int, list[Tensor]] = {}
         self._longest, self._width, self._rows = 0, 0, 0
         self._bands: list[tuple[int, int, int]] = []
         self._masks: list[Bool[Tensor, "band one one width"]] = []
+
+    @property
+    def positions(self) -> Int[Tensor, " rows"]:
+        """Tokens before each row's next one."""
+        return self.lengths
+
+    def order(self, lengths: Int[Tensor, " rows"]) -> Int[Tensor, " rows"]:
+        """In which rows of these lengths are to be laid out."""
+        return lengths.argsort(descending=True, stable=True)
 
     @property
     def full(self) -> bool:
@@ -64,17 +73,21 @@ class Slots:
 
         Args:
             source: The old row that each row is; -1: a new one.
-            lengths: Of each row, longest first.
+            lengths: Of each row, in `order`.
         """
         of_all = lengths.tolist()
-        larger = len(source) > self._rows or of_all[0] >= self._width
+        longest = max(of_all)
+        larger = len(source) > self._rows or longest >= self._width
         if larger:
-            self._rows, self._width = len(source), min(of_all[0] + GROWTH, self.most)
+            self._rows, self._width = len(source), min(longest + GROWTH, self.most)
         old, reach = (source >= 0).nonzero()[:, 0], min(self._longest, self._width)
         for number, parts in self._layers.items():
             self._layers[number] = [self._moved(part, source[old], old, reach, larger) for part in parts]
-        self.lengths, self._longest = lengths, of_all[0]
-        self._bands = list(_bands(of_all))
+        self.lengths, self._longest = lengths, longest
+        self._bands = list(self._cut(of_all))
+
+    def _cut(self, lengths: list[int]) -> Iterator[tuple[int, int, int]]:
+        return _bands(lengths)
 
     def _moved(self, part: Tensor, source: Tensor, rows: Tensor, reach: int, larger: bool) -> Tensor:
         """What is in rows of `source` in `rows`, in the same memory or in larger."""
@@ -110,7 +123,7 @@ class Slots:
         values: Float[Tensor, "prompts heads time dim"],
     ) -> None:
         """Writes what a layer computed of whole prompts to the beginnings of their rows."""
-        assert self.filling is not None
+        assert isinstance(self.filling, Filling)
         rows, source, time = self.filling.rows, self.filling.source, keys.shape[2]
         for kept, new in zip(self._of(layer, keys, values), (keys, values), strict=True):
             kept[rows, :, :time] = new[source].to(kept.dtype)
@@ -134,11 +147,15 @@ class Slots:
         self, layer: int, keys: Float[Tensor, "_ heads _ dim"], values: Float[Tensor, "_ heads _ dim"]
     ) -> list[Float[Tensor, "capacity heads width dim"]]:
         if layer not in self._layers:
-            # In mixed precision keys come in float32, having been rotated. On a CPU attention takes them so
-            # (`align.models.attention`); a GPU's would round the whole cache for every token.
-            alike = keys if keys.device.type == "cpu" else values
-            self._layers[layer] = [self._empty(alike), self._empty(values)]
+            self._layers[layer] = [self._empty(self.alike(keys, values)), self._empty(values)]
         return self._layers[layer]
+
+    @staticmethod
+    def alike(keys: Tensor, values: Tensor) -> Tensor:
+        """The keys, in the number format in which they are kept."""
+        # In mixed precision they come in float32, having been rotated. On a CPU attention takes them so
+        # (`align.models.attention`); a GPU's would round the whole cache for every token.
+        return keys if keys.device.type == "cpu" else keys.to(values.dtype)
 
 
 def _bands(lengths: list[int]) -> Iterator[tuple[int, int, int]]:

@@ -14,6 +14,7 @@ which the caller seeds (`align.seeds`).
 """
 
 import contextlib
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -26,8 +27,13 @@ from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from align.models import decode
 from align.models.forward import evaluating
+from align.models.groups import GroupedSlots
 from align.models.slots import Slots
 from align.types import Completions, Prompts, joined
+
+SHARED_FROM = 128
+"""Tokens of the longest prompt from which prompts are kept once for all their answers: with shorter ones, finding out
+whose they are costs as much as reading them for each."""
 
 LEAVE_AT = 0.8
 """Finished rows are taken out when fewer than this share of the batch is still being written."""
@@ -83,12 +89,15 @@ class DecodeSampler(BatchSampler):
     Attributes:
         slots: Keeps keys and values in rows of their own lengths where the model allows it, else in transformers'
             cache. The same to rounding.
+        share_prompts: Keeps those of a prompt once for all its answers, where there are several and prompts are long.
+            The same to rounding.
         dtype: In which it computes: bfloat16 is mixed precision, float32 none, null as the trainer does. Weights stay
             as they are. What is learned from is computed as the trainer does in any case; the metric
             `rollout/mismatch` says how far apart the two are.
     """
 
     slots: bool = True
+    share_prompts: bool = True
     dtype: Literal["float32", "bfloat16"] | None = None
 
     def __call__(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
@@ -96,19 +105,25 @@ class DecodeSampler(BatchSampler):
         with self._arithmetic(prompts.device.type):
             if not (self.slots and decode.able(policy, prompts.device)):
                 return super().__call__(policy, prompts)
-            return _in_batches(self._write, policy, prompts, len(prompts.ids))
+            if not (self.share_prompts and int(prompts.lengths.max()) >= SHARED_FROM):
+                return _in_batches(self._write, policy, prompts, len(prompts.ids))
+            which, different = _different(prompts)
+            order = which.argsort(stable=True)  # equal ones side by side
+            write = functools.partial(self._write, grouped=2 * different <= len(which))
+            return _in_batches(write, policy, prompts.rows_at(order), len(order)).rows_at(order.argsort())
 
     def _arithmetic(self, device: str) -> contextlib.AbstractContextManager[object]:
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
 
-    def _write(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
-        """Answers prompts, longest first, `batch_size` at a time."""
+    def _write(self, policy: PreTrainedModel, prompts: Prompts, *, grouped: bool = False) -> Completions:
+        """Answers prompts, longest first and equal ones side by side, `batch_size` at a time."""
         count, limit, device = len(prompts.ids), self.max_new_tokens, prompts.device
         stops, points = _stop_ids(policy, device), _points(prompts, limit)
         batch, begun = _Writing.start(count, limit, device), 0
-        batch.row, slots = batch.row[:0], Slots(device, most=int(prompts.lengths.max()) + limit)
+        batch.row = batch.row[:0]
+        slots = GroupedSlots(device, most=limit) if grouped else Slots(device, most=prompts.ids.shape[1] + limit)
         last = prompts.ids.gather(1, prompts.lengths[:, None] - 1)[:, 0]
         token = last[:0]
         while True:
@@ -120,8 +135,8 @@ class DecodeSampler(BatchSampler):
                 new = torch.arange(begun, min(count, begun + self.batch_size - going), device=device)
                 begun += len(new)
                 source = torch.cat([running.nonzero()[:, 0], torch.full_like(new, -1)])
-                lengths = torch.cat([slots.lengths[running], prompts.lengths[new] - 1])
-                order = lengths.argsort(descending=True, stable=True)
+                lengths = torch.cat([slots.positions[running], prompts.lengths[new] - 1])
+                order = slots.order(lengths)
                 batch.row = torch.cat([batch.row[running], new])[order]
                 token = torch.cat([token[running], last[new]])[order]
                 slots.lay_out(source[order], lengths[order])
@@ -215,6 +230,13 @@ def logprobs_of(
     if temperature == 0.0:
         return torch.zeros(len(tokens), device=logits.device)
     return -torch.nn.functional.cross_entropy(logits / temperature, tokens, reduction="none")
+
+
+def _different(prompts: Prompts) -> tuple[Int[Tensor, " batch"], int]:
+    """Which of the different prompts each is, and how many of those there are."""
+    inside = torch.arange(prompts.ids.shape[1], device=prompts.device) < prompts.lengths[:, None]
+    found, which = torch.where(inside, prompts.ids, -1).unique(dim=0, return_inverse=True)
+    return which, len(found)
 
 
 def _points(prompts: Prompts, limit: int) -> Float[Tensor, "batch limit"]:
