@@ -2,8 +2,9 @@
 
 import gc
 import sys
+from itertools import pairwise
 
-if sys.argv[:1] == ["-m"]:
-    # `python -m align.fit` is about to import a million objects of torch, transformers and Lightning, and would look
-    # through them for garbage again and again, for a fifth of its start. `align.cli` has it begin again.
+if sys.argv[:1] == ["-m"] and ("-m", "align") in [(one, two.partition(".")[0]) for one, two in pairwise(sys.orig_argv)]:
+    # `python -m align.fit` is about to import half a million objects of torch, transformers and Lightning, and would
+    # look through them for garbage again and again, for a fifth of its start. `align.cli` has it begin again.
     gc.disable()

@@ -47,13 +47,15 @@ class Arithmetic:
         dtype: Of the arithmetic, where it is not that of the weights.
         sharded: Weights come gathered in `dtype`, gradients leave block by block.
         gpu: On a GPU, whose attention takes any number format (`align.models.attention`).
-        depth: The model's last blocks, so many, which learn where not all do; None: all.
+        depth: The model's first blocks, so many; None: all.
+        last: Its last blocks instead, which learn where not all do.
     """
 
     dtype: torch.dtype | None = None
     sharded: bool = False
     gpu: bool = False
     depth: int | None = None
+    last: bool = False
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,7 @@ def _by_depth(
     @functools.wraps(traced)
     def found(network: Network, arithmetic: Arithmetic, *arguments: Arguments.args, **named: Arguments.kwargs) -> Pass:
         frozen = hydra.depth(inner(network)) if learns else 0
+        arithmetic = replace(arithmetic, last=frozen > 0)
         depth = len(sharding.blocks(inner(network))) - frozen
         if depth <= DEPTHS[1]:
             part = replace(arithmetic, depth=depth) if frozen else arithmetic
@@ -194,7 +197,7 @@ def writing(network: Network, arithmetic: Arithmetic, sequences: int, prompt: in
     """Answering prompts: the pass over them, and the last step, when the cache of keys and values is fullest.
 
     As with transformers' cache and all prompts at once. `align.models.slots` holds as many tokens in the end; it
-    computes prompts in turns, but also while its rows are full.
+    computes prompts in turns, but also while its rows are full. Prompts with several answers, kept once, need less.
 
     Args:
         network: The policy.
@@ -232,7 +235,8 @@ def writing(network: Network, arithmetic: Arithmetic, sequences: int, prompt: in
 def _hollow(network: Network, arithmetic: Arithmetic) -> Iterator[tuple[Any, Watch]]:
     """The network with tensors without contents in it, the arithmetic switched on, and what counts new tensors."""
     mode, watch, blocks = FakeTensorMode(), Watch(), sharding.blocks(inner(network))
-    out = [] if arithmetic.depth is None else blocks[: len(blocks) - arithmetic.depth]
+    depth = len(blocks) if arithmetic.depth is None else arithmetic.depth
+    out = blocks[: len(blocks) - depth] if arithmetic.last else blocks[depth:]
     instead: dict[int, Any] = {id(block): nn.Identity() for block in out}
     unused = {parameter for block in out for parameter in block.parameters()}
     with mode, torch.device("cpu"):
@@ -246,7 +250,7 @@ def _hollow(network: Network, arithmetic: Arithmetic) -> Iterator[tuple[Any, Wat
     own = [tensor for tensor in instead.values() if isinstance(tensor, Tensor)]
     model = copy.deepcopy(network, instead)
     if arithmetic.depth is not None:
-        _cut(inner(model), arithmetic.depth)
+        _cut(inner(model), depth, last=arithmetic.last)
     if arithmetic.gpu and inner(model).config._attn_implementation != "eager":
         inner(model).set_attn_implementation("sdpa")
     watch.ignore(iter(own))
@@ -255,18 +259,18 @@ def _hollow(network: Network, arithmetic: Arithmetic) -> Iterator[tuple[Any, Wat
         yield model, watch
 
 
-def _cut(model: PreTrainedModel, depth: int) -> None:
-    """Leaves the last blocks of a model, and numbers them anew, as their caches are."""
-    last, config = sharding.blocks(model)[-1], model.config.get_text_config()
-    (stack,) = (part for part in model.modules() if isinstance(part, nn.ModuleList) and part[-1] is last)
-    del stack[: len(stack) - depth]
-    for number, block in enumerate(stack):
-        for part in block.modules():
-            if hasattr(part, "layer_idx"):
-                part.layer_idx = number  # type: ignore[assignment]
+def _cut(model: PreTrainedModel, depth: int, *, last: bool) -> None:
+    """Leaves the first blocks of a model, or its last ones."""
+    end, config = -1 if last else 0, model.config.get_text_config()
+    kept = sharding.blocks(model)[end]
+    (stack,) = (part for part in model.modules() if isinstance(part, nn.ModuleList) and part[end] is kept)
+    if last:
+        del stack[: len(stack) - depth]
+        if vars(config).get("layer_types"):  # of each block; some models find it out themselves
+            config.layer_types = config.layer_types[-depth:]
+    else:
+        del stack[depth:]
     config.num_hidden_layers = depth
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[-depth:]
 
 
 def _outputs(model: Network, ids: Tensor) -> Tensor:

@@ -205,12 +205,20 @@ def test_nothing_happens_on_import(file: str) -> None:
     for node in tree(file).body:
         text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
         main = isinstance(node, ast.If) and "__main__" in ast.unparse(node.test)
-        # What a command does before it imports anything: `python -m` has put this there, and nobody else.
+        # What `python -m align.COMMAND` does before it imports anything.
         main |= isinstance(node, ast.If) and file == "align/__init__.py" and "['-m']" in ast.unparse(node.test)
         names = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         named = isinstance(node, ast.Assign | ast.AnnAssign) and all(isinstance(name, ast.Name) for name in names)
         harmless = isinstance(node, ast.Import | ast.ImportFrom | ast.ClassDef | Function)
         assert text or main or named or harmless, f"{file}:{node.lineno} runs on import"
+
+
+@pytest.mark.parametrize("file", ALIGN)
+def test_what_takes_a_second_and_few_need_is_imported_by_what_needs_it(file: str) -> None:
+    for node in tree(file).body:
+        names = [item.name for item in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        assert not {name.partition(".")[0] for name in names} & {"wandb", "peft", "bitsandbytes", "matplotlib"}, file
 
 
 # Words.

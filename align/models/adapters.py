@@ -125,9 +125,9 @@ def form(model: PreTrainedModel) -> tuple[LoRA, list[int] | None]:
     one = next(iter(own.values()))
     targets = sorted({path.rpartition(".")[2] for path in own})
     lora = LoRA(rank=one.r[OWN], alpha=one.lora_alpha[OWN], targets=targets)
-    layers = set(own.values())
-    having = [number for number, block in enumerate(sharding.blocks(model)) if layers & {*block.modules()}]
-    return lora, having if len(having) < len(sharding.blocks(model)) else None
+    blocks, layers = sharding.numbered_blocks(model), set(own.values())
+    having = [number for number, block in blocks.items() if layers & {*block.modules()}]
+    return lora, having if len(having) < len(blocks) else None
 
 
 @contextlib.contextmanager
@@ -256,6 +256,9 @@ def read(model: PreTrainedModel, folder: Path, *, name: str, trained: bool) -> d
         if value is None or value.shape != parameter.shape:
             raise ValueError(f"the adapter in {folder} has no {saved_name} of shape {tuple(parameter.shape)}")
         _set(model, place, parameter, value.float())
+    unread = sorted(key for key in saved if ".lora_" in key)
+    if unread:
+        raise ValueError(f"the adapter in {folder} has a tensor that no layer of the policy takes: {unread[0]}")
     return saved
 
 
@@ -265,9 +268,11 @@ _PARTS = ("lora_A", "lora_B")
 def _config(model: PreTrainedModel, lora: LoRA, targets: list[str], blocks: Sequence[int] | None) -> Any:
     from peft import LoraConfig
 
-    paths = {module: path for path, module in model.named_modules()}
-    lists = sorted({paths[block].split(".")[-2] for block in sharding.blocks(model)})
-    chosen = {} if blocks is None else {"layers_to_transform": list(blocks), "layers_pattern": lists}
+    chosen = {}
+    if blocks is not None:
+        known = set(sharding.numbered_blocks(model).values())
+        lists = {path.split(".")[-2] for path, module in model.named_modules() if module in known}
+        chosen = {"layers_to_transform": list(blocks), "layers_pattern": sorted(lists)}
     return LoraConfig(r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets, **chosen)  # type: ignore[arg-type]
 
 
@@ -299,8 +304,8 @@ def _use(model: nn.Module, names: list[str]) -> None:
 
 def _targets(model: PreTrainedModel, lora: LoRA, blocks: Sequence[int] | None) -> list[str]:
     """The last names of the layers that get an adapter."""
-    every = sharding.blocks(model)
-    chosen = every if blocks is None else [every[number] for number in blocks]
+    numbered = sharding.numbered_blocks(model)
+    chosen = sharding.blocks(model) if blocks is None else [numbered[number] for number in blocks]
     parts = (item for block in chosen for item in block.named_modules())
     inside = [path for path, part in parts if isinstance(part, nn.Linear | Conv1D) or _is_adapted(part)]
     known = sorted({path.rpartition(".")[2] for path in inside if ".lora_" not in path} - {"base_layer"})

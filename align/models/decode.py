@@ -19,7 +19,7 @@ from align.models.slots import Filling, Slots
 PROMPT_TOKENS = 8192
 """Prompt tokens computed at once."""
 
-_able: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+_able: "weakref.WeakKeyDictionary[nn.Module, dict[type[Slots], bool]]" = weakref.WeakKeyDictionary()
 
 
 def fill(
@@ -58,15 +58,16 @@ def fill(
 def _fill_groups(
     model: PreTrainedModel, ids: Int[Tensor, "rows time"], lengths: Int[Tensor, " rows"], slots: GroupedSlots
 ) -> None:
-    """Computes the prompts of the last rows, of which equal ones lie side by side, and keeps each once."""
+    """Computes the prompts of the last rows and keeps each once: longest first, and equal ones side by side."""
     inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
     different, of = torch.where(inside, ids, -1).unique_consecutive(dim=0, return_inverse=True)
     sizes = (different >= 0).sum(1)
-    at_once = max(1, PROMPT_TOKENS // ids.shape[1])
-    for first in range(0, len(sizes), at_once):
-        picked = slice(first, first + at_once)
-        begun = slots.begin_with(sizes[picked], of[of // at_once == first // at_once] - first)
-        sharding.run(model, _fill, different[picked, : begun.width].clamp_min(0), slots)
+    longest, start = sizes.tolist(), 0
+    while start < len(longest):
+        end = start + max(1, PROMPT_TOKENS // max(1, longest[start]))
+        begun = slots.begin_with(sizes[start:end], of[(of >= start) & (of < end)] - start)
+        sharding.run(model, _fill, different[start:end, : begun.width].clamp_min(0), slots)
+        start = end
     slots.filling = None
 
 
@@ -91,11 +92,12 @@ def _fill(model: PreTrainedModel, ids: Int[Tensor, "prompts time"], slots: Slots
     model.base_model(input_ids=ids, use_cache=False, slots=slots)
 
 
-def able(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether a model's logits are right this way: tried out once a model."""
-    if model not in _able:
-        _able[model] = looks_all_the_way(model) and all(_try(model, device, kind) for kind in (Slots, GroupedSlots))
-    return _able[model]
+def able(model: PreTrainedModel, device: torch.device, kind: type[Slots] = Slots) -> bool:
+    """Whether a model's logits are right this way: tried out once a model and kind of cache."""
+    known = _able.setdefault(model, {})
+    if kind not in known:
+        known[kind] = looks_all_the_way(model) and _try(model, device, kind)
+    return known[kind]
 
 
 def _try(model: PreTrainedModel, device: torch.device, kind: type[Slots]) -> bool:

@@ -48,14 +48,12 @@ class Beginnings:
         return max(1, int(self.lengths.max()))
 
     def kept(self, rows: Bool[Tensor, " rows"]) -> "Beginnings":
-        """What is left when only these rows, of which there are some, stay."""
+        """What is left when only these rows, of which there are some, stay; this is of no more use then."""
         alive, of = self.of[rows].unique(return_inverse=True)
         left = Beginnings(self.lengths[alive], of, self.layers)
         if len(alive) < len(self.lengths):
-            left.layers = {
-                layer: (keys[alive, :, : left.width], values[alive, :, : left.width])
-                for layer, (keys, values) in self.layers.items()
-            }
+            for layer, (keys, values) in self.layers.items():  # one after the other, for each frees its former ones
+                self.layers[layer] = (keys[alive, :, : left.width], values[alive, :, : left.width])
         return left
 
     def grouped(self, rows: Float[Tensor, "rows heads repeats last"]) -> Float[Tensor, "prompts heads queries last"]:
@@ -154,17 +152,18 @@ def attend_in_groups(
         scaling: Of the products of queries and keys; None: one over the root of their size.
     """
     ((_, own_keys, own_values, mask),) = slots.put(layer, keys, values)
-    kind, own_values = own_keys.dtype, own_values.to(own_keys.dtype)
-    query = query[:, :, 0].to(kind) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    query = query.unflatten(1, (keys.shape[1], -1))  # the query heads of each key head
+    # Products of 16 bits would be rounded to 16 bits before they are weighed; kernels of attention do not do that.
+    kind = torch.promote_types(own_keys.dtype, torch.float32)
+    scaled = query[:, :, 0].to(kind) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scaled = scaled.unflatten(1, (keys.shape[1], -1))  # the query heads of each key head
     found = []
     with torch.autocast(query.device.type, enabled=False):
-        of_own = (query @ own_keys.mT).masked_fill(~mask, float("-inf"))
+        of_own = (scaled @ own_keys.to(kind).mT).masked_fill(~mask, float("-inf"))
         for rows, part, prompt_keys, prompt_values in slots.in_parts(layer):
-            of_prompt = part.grouped(query[rows]) @ prompt_keys.mT
+            of_prompt = part.grouped(scaled[rows]) @ prompt_keys.to(kind).mT
             of_prompt = part.rowwise(of_prompt.masked_fill(~part.mask[:, None, None], float("-inf")))
             both = torch.cat([of_prompt, of_own[rows]], dim=-1)
             to_prompt, to_own = both.softmax(-1).split([of_prompt.shape[-1], of_own.shape[-1]], dim=-1)
             answer = part.rowwise(part.grouped(to_prompt) @ prompt_values.to(kind))
-            found.append(answer + to_own @ own_values[rows])
-    return torch.cat(found).flatten(1, 2)[:, None]
+            found.append(answer + to_own @ own_values[rows].to(kind))
+    return torch.cat(found).flatten(1, 2)[:, None].to(query.dtype)

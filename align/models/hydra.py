@@ -106,9 +106,11 @@ def freeze(model: PreTrainedModel, trained_blocks: int) -> None:
     Raises:
         ValueError: The model has fewer blocks.
     """
-    blocks = sharding.blocks(model)
-    for block in blocks[: last_blocks(model, trained_blocks)[0]]:
-        block.requires_grad_(False)
+    blocks, learning = sharding.blocks(model), last_blocks(model, trained_blocks)
+    last = {id(block) for number, block in sharding.numbered_blocks(model).items() if number in learning}
+    for block in blocks:
+        if id(block) not in last:
+            block.requires_grad_(False)
     for parameter in _embeddings(model, blocks):
         parameter.requires_grad_(False)
 
@@ -119,12 +121,13 @@ def last_blocks(model: PreTrainedModel, count: int) -> list[int]:
     Raises:
         ValueError: The model has fewer.
     """
-    blocks = len(sharding.blocks(model))
-    if not 1 <= count <= blocks:
+    numbers = sorted(sharding.numbered_blocks(model))
+    if not 1 <= count <= len(numbers):
         raise ValueError(
-            f"trained_blocks: got {count}, expected 1 to {blocks}, the number of the model's blocks; null trains all"
+            f"trained_blocks: got {count}, expected 1 to {len(numbers)}, the number of the model's blocks; null trains "
+            "all"
         )
-    return list(range(blocks - count, blocks))
+    return numbers[-count:]
 
 
 def depth(model: PreTrainedModel) -> int:

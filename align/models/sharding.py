@@ -80,6 +80,20 @@ def blocks(model: PreTrainedModel) -> list[nn.Module]:
     return found
 
 
+def numbered_blocks(model: PreTrainedModel) -> dict[int, nn.Module]:
+    """The blocks by their numbers in the list that holds most of them.
+
+    What else transformers keeps on one device, such as embeddings, is not among them.
+
+    Raises:
+        ValueError: See `blocks`.
+    """
+    found = {id(block) for block in blocks(model)}
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    own = [{number: part for number, part in enumerate(one) if id(part) in found} for one in lists]
+    return max(own, key=len, default={})
+
+
 def models_of(module: nn.Module) -> list[PreTrainedModel]:
     """The transformers models in a module, or it itself; outermost ones only."""
     if isinstance(module, PreTrainedModel):

@@ -32,8 +32,8 @@ from align.models.slots import Slots
 from align.types import Completions, Prompts, joined
 
 SHARED_FROM = 128
-"""Tokens of the longest prompt from which prompts are kept once for all their answers: with shorter ones, finding out
-whose they are costs as much as reading them for each."""
+"""Tokens of a mean prompt from which prompts are kept once for all their answers: with shorter ones, finding out whose
+they are costs as much as reading them for each."""
 
 LEAVE_AT = 0.8
 """Finished rows are taken out when fewer than this share of the batch is still being written."""
@@ -90,7 +90,7 @@ class DecodeSampler(BatchSampler):
         slots: Keeps keys and values in rows of their own lengths where the model allows it, else in transformers'
             cache. The same to rounding.
         share_prompts: Keeps those of a prompt once for all its answers, where there are several and prompts are long.
-            The same to rounding.
+            The same to rounding where prompts bring seeds.
         dtype: In which it computes: bfloat16 is mixed precision, float32 none, null as the trainer does. Weights stay
             as they are. What is learned from is computed as the trainer does in any case; the metric
             `rollout/mismatch` says how far apart the two are.
@@ -105,11 +105,10 @@ class DecodeSampler(BatchSampler):
         with self._arithmetic(prompts.device.type):
             if not (self.slots and decode.able(policy, prompts.device)):
                 return super().__call__(policy, prompts)
-            if not (self.share_prompts and int(prompts.lengths.max()) >= SHARED_FROM):
+            which = _which(prompts) if self.share_prompts else None
+            if which is None or not decode.able(policy, prompts.device, GroupedSlots):
                 return _in_batches(self._write, policy, prompts, len(prompts.ids))
-            which, different = _different(prompts)
-            order = which.argsort(stable=True)  # equal ones side by side
-            write = functools.partial(self._write, grouped=2 * different <= len(which))
+            order, write = which.argsort(stable=True), functools.partial(self._write, grouped=True)
             return _in_batches(write, policy, prompts.rows_at(order), len(order)).rows_at(order.argsort())
 
     def _arithmetic(self, device: str) -> contextlib.AbstractContextManager[object]:
@@ -123,7 +122,7 @@ class DecodeSampler(BatchSampler):
         stops, points = _stop_ids(policy, device), _points(prompts, limit)
         batch, begun = _Writing.start(count, limit, device), 0
         batch.row = batch.row[:0]
-        slots = GroupedSlots(device, most=limit) if grouped else Slots(device, most=prompts.ids.shape[1] + limit)
+        slots = GroupedSlots(device, most=limit) if grouped else Slots(device, most=int(prompts.lengths.max()) + limit)
         last = prompts.ids.gather(1, prompts.lengths[:, None] - 1)[:, 0]
         token = last[:0]
         while True:
@@ -232,11 +231,13 @@ def logprobs_of(
     return -torch.nn.functional.cross_entropy(logits / temperature, tokens, reduction="none")
 
 
-def _different(prompts: Prompts) -> tuple[Int[Tensor, " batch"], int]:
-    """Which of the different prompts each is, and how many of those there are."""
+def _which(prompts: Prompts) -> Int[Tensor, " batch"] | None:
+    """Which of the different prompts each is; None where keeping them once would not pay."""
+    if int(prompts.lengths.sum()) < SHARED_FROM * len(prompts.lengths):
+        return None
     inside = torch.arange(prompts.ids.shape[1], device=prompts.device) < prompts.lengths[:, None]
-    found, which = torch.where(inside, prompts.ids, -1).unique(dim=0, return_inverse=True)
-    return which, len(found)
+    different, which = torch.where(inside, prompts.ids, -1).unique(dim=0, return_inverse=True)
+    return which if 2 * len(different) <= len(which) else None
 
 
 def _points(prompts: Prompts, limit: int) -> Float[Tensor, "batch limit"]:

@@ -325,15 +325,16 @@ def test_the_written_configuration_runs_again(folder: Path) -> None:
     assert Path("runs/two/metrics.csv").read_text() == Path("runs/one/metrics.csv").read_text()
 
 
-@pytest.mark.parametrize("started", ["-m", "train.py"])
+@pytest.mark.parametrize("started", ["-m align.fit", "-u -m align.plan", "-m mine.train", "train.py", "-c pass"])
 def test_garbage_waits_only_while_a_command_is_imported(started: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sys.argv", [started])
+    monkeypatch.setattr("sys.argv", ["-m" if "-m" in started else started])
+    monkeypatch.setattr("sys.orig_argv", ["python", *started.split(), "a.yaml", "align.x=1"])
     try:
         importlib.reload(align)
-        assert gc.isenabled() == (started != "-m")
+        assert gc.isenabled() == ("align" not in started)
         frozen = gc.get_freeze_count()
         assert cli.guarded(lambda: int(gc.isenabled()), "a command") == 1
-        assert (gc.get_freeze_count() > frozen) == (started == "-m")
+        assert (gc.get_freeze_count() > frozen) == ("align" in started)
     finally:
         gc.unfreeze()
         gc.enable()

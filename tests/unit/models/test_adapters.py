@@ -10,7 +10,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from align.models import adapters, deferred, sharding
+from align.models import adapters, deferred, hydra, sharding
 from align.models.adapters import OWN, LoRA
 from align.models.load import load_causal_lm, load_scalar_model, quantise_model, save_model
 from align.models.quantised import Bits
@@ -205,6 +205,25 @@ def test_an_adapter_of_other_weights_or_another_shape_is_refused(folder: str, tm
     small.config._name_or_path = folder
     with pytest.raises(ValueError, match=r"has no transformer.h.0.attn.c_attn.lora_A.weight of shape \(4, 32\)"):
         adapters.read(small, tmp_path / "out" / "adapter", name="reward", trained=False)
+    config = tmp_path / "out" / "adapter" / adapters.CONFIG
+    config.write_text(config.read_text().replace('"layers_to_transform": null', '"layers_to_transform": [1]'))
+    with pytest.raises(ValueError, match=r"a tensor that no layer of the policy takes: transformer.h.0.attn.c_attn"):
+        adapters.read(load_causal_lm(folder), tmp_path / "out" / "adapter", name="reward", trained=False)
+
+
+def test_blocks_are_numbered_as_in_their_list() -> None:
+    """Some models keep embeddings on one device, as they do blocks."""
+    model = tiny.llama(num_hidden_layers=3)
+    model._no_split_modules = ["Embedding", "LlamaDecoderLayer"]
+    assert len(sharding.blocks(model)) == 4
+    assert list(sharding.numbered_blocks(model).items()) == list(enumerate(model.model.layers))
+    adapters.add(model, LoRA(rank=2), blocks=hydra.last_blocks(model, 2))
+    assert {name.split(".")[2] for name, _ in adapters.named_parameters(model, OWN)} == {"1", "2"}
+    assert adapters.form(model)[1] == [1, 2]
+    adapters.add(whole := tiny.llama(), LoRA(rank=2))
+    assert adapters.form(whole)[1] is None
+    hydra.freeze(other := tiny.llama(num_hidden_layers=3), 1)
+    assert not other.model.layers[1].mlp.up_proj.weight.requires_grad
 
 
 def test_blocks_are_all_that_is_adapted() -> None:
