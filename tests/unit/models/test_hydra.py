@@ -256,6 +256,8 @@ def test_ppo_learns_the_same_with_shared_blocks_in_fewer_passes(
         computed.append(tokens[0])
     apart, together = runs
     assert (together.frozen.hydra.depth, apart.frozen.hydra.depth) == (2, 0)
+    if value == "adapters, 4bit":  # whose reward model is on the policy as well, but may reach further down
+        assert list(together.frozen.hydra.heads) == ["reference", "value"]
     # 32 episodes: once by policy, reference and value network, and twice more by those that learn from each twice; the
     # policy's once for all of them. Texts (32 rows), prompts and trials come to both.
     own = 1 if value == "head" else 2
