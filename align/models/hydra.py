@@ -77,9 +77,10 @@ class Hydra:
 
 
 def grow(policy: PreTrainedModel, networks: Mapping[str, PreTrainedModel | None]) -> Hydra:
-    """Lets all networks that can use the policy's frozen lower weights do so; see `join`."""
-    joined = {model for model in {*networks.values()} if model is not None and join(policy, model)}
-    heads = {name: model for name, model in networks.items() if model is not None and model in joined}
+    """Lets all networks that can use the policy's frozen lower weights do so; see `join`. None is the policy itself."""
+    models = {name: policy if model is None else model for name, model in networks.items()}
+    joined = {model for model in {*models.values()} if join(policy, model)}
+    heads = {name: model for name, model in models.items() if model in joined}
     return Hydra(policy, depth(policy) if heads else 0, heads)
 
 

@@ -167,9 +167,8 @@ class PPOModule(AlignModule):
     def configure_model(self) -> None:
         """See `AlignModule`; then what networks have frozen alike is shared."""
         super().configure_model()
-        reference = self.policy if self.reference is None else self.reference
-        reward = None if self.reward.hf is self.policy else self.reward.hf  # its adapter may reach further down
-        others = {"reference": reference, "value": self.value.hf, "reward": reward}
+        own = self.reward.hf is self.policy  # and so has an adapter, which may reach further down
+        others = {"reference": self.reference, "value": self.value.hf, **({} if own else {"reward": self.reward.hf})}
         self.frozen = FrozenStates(grow(self.policy, others if self.share_frozen else {}), self.micro_batch_tokens)
         if depth(self.policy):
             rank_zero_info(self.frozen.hydra.described())

@@ -100,7 +100,7 @@ def test_what_is_frozen_alike_is_kept_once(tied: bool) -> None:
         hydra.freeze(model, 1)
     reference = frozen(copy.deepcopy(policy))
     grown = hydra.grow(policy, {"a": reference, "b": value.hf, "c": reward.hf, "d": policy, "e": None})
-    assert grown.depth == 2 and grown.described() == "2 frozen blocks are one for policy, a, b, c, d"
+    assert grown.depth == 2 and grown.described() == "2 frozen blocks are one for policy, a, b, c, d, e"
     own = {id(p) for p in policy.parameters()}
     for model in (reference, value.hf, reward.hf):
         for name, parameter in model.named_parameters():
