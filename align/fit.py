@@ -255,13 +255,8 @@ def memory_plan(module: LightningModule, data: LightningDataModule, trainer: Tra
             gpu=trainer.strategy.root_device.type == "cuda",
         )
         return memory.plan(module, setting)
-    except (
-        RuntimeError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        LookupError,
-    ) as error:  # a model that runs on real tensors only
+    # A model that runs on real tensors only, or not without its other blocks.
+    except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
         _say(f"memory plan: not known, {type(error).__name__}: {str(error).splitlines()[0]}")
         return None
 

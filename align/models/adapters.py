@@ -258,7 +258,10 @@ def read(model: PreTrainedModel, folder: Path, *, name: str, trained: bool) -> d
         _set(model, place, parameter, value.float())
     unread = sorted(key for key in saved if ".lora_" in key)
     if unread:
-        raise ValueError(f"the adapter in {folder} has a tensor that no layer of the policy takes: {unread[0]}")
+        raise ValueError(
+            f"the adapter in {folder} has a tensor that no layer of the policy takes: {unread[0]}; {CONFIG} there says "
+            "which layers have one (target_modules, layers_to_transform), so take both files from the same training"
+        )
     return saved
 
 

@@ -41,8 +41,7 @@ def fill(
     if isinstance(slots, GroupedSlots):
         _fill_groups(model, ids, lengths, slots)
         return
-    inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    different, which = torch.where(inside, ids, -1).unique(dim=0, return_inverse=True)
+    different, which = without_padding(ids, lengths).unique(dim=0, return_inverse=True)
     sizes = (different >= 0).sum(1)
     some = (sizes > 0).nonzero()[:, 0]
     for picked in micro_batches(sizes[some], PROMPT_TOKENS) if len(some) else []:
@@ -59,8 +58,7 @@ def _fill_groups(
     model: PreTrainedModel, ids: Int[Tensor, "rows time"], lengths: Int[Tensor, " rows"], slots: GroupedSlots
 ) -> None:
     """Computes the prompts of the last rows and keeps each once: longest first, and equal ones side by side."""
-    inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-    different, of = torch.where(inside, ids, -1).unique_consecutive(dim=0, return_inverse=True)
+    different, of = without_padding(ids, lengths).unique_consecutive(dim=0, return_inverse=True)
     sizes = (different >= 0).sum(1)
     longest, start = sizes.tolist(), 0
     while start < len(longest):
@@ -69,6 +67,12 @@ def _fill_groups(
         sharding.run(model, _fill, different[start:end, : begun.width].clamp_min(0), slots)
         start = end
     slots.filling = None
+
+
+def without_padding(ids: Int[Tensor, "rows time"], lengths: Int[Tensor, " rows"]) -> Int[Tensor, "rows time"]:
+    """The ids with -1 behind each row's end, so that rows are equal if and only if their tokens are."""
+    inside = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+    return torch.where(inside, ids, -1)
 
 
 def next_logits(model: PreTrainedModel, tokens: Int[Tensor, " rows"], slots: Slots) -> Float[Tensor, "rows vocab"]:

@@ -125,8 +125,8 @@ def last_blocks(model: PreTrainedModel, count: int) -> list[int]:
     numbers = sorted(sharding.numbered_blocks(model))
     if not 1 <= count <= len(numbers):
         raise ValueError(
-            f"trained_blocks: got {count}, expected 1 to {len(numbers)}, the number of the model's blocks; null trains "
-            "all"
+            f"trained_blocks: got {count}, expected 1 to {len(numbers)}, the number of the model's blocks; "
+            "null trains all"
         )
     return numbers[-count:]
 

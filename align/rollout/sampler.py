@@ -235,8 +235,7 @@ def _which(prompts: Prompts) -> Int[Tensor, " batch"] | None:
     """Which of the different prompts each is; None where keeping them once would not pay."""
     if int(prompts.lengths.sum()) < SHARED_FROM * len(prompts.lengths):
         return None
-    inside = torch.arange(prompts.ids.shape[1], device=prompts.device) < prompts.lengths[:, None]
-    different, which = torch.where(inside, prompts.ids, -1).unique(dim=0, return_inverse=True)
+    different, which = decode.without_padding(prompts.ids, prompts.lengths).unique(dim=0, return_inverse=True)
     return which if 2 * len(different) <= len(which) else None
 
 
