@@ -22,7 +22,7 @@ from align.data.comparisons import ComparisonData
 from align.data.sources import Source, origin, read
 from align.data.templates import Piece, tokenize
 from align.formulas.losses import preference_pairs
-from align.models import forward
+from align.models import forward, packed, trials
 from align.models.heads import ScalarModel
 from align.modules.ranking import RankingMetrics
 from align.schema import TARGET
@@ -161,7 +161,8 @@ def summed_logprobs(
 ) -> Float[Tensor, " batch"]:
     """Σ log π of each sequence's tokens where the mask is True, at temperature 1, in nats."""
     sums = torch.zeros(len(ids))
-    for group in forward.micro_batches(lengths, micro_batch_tokens):
+    packs = trials.packs(model.device, model)
+    for group in packed.micro_batches(lengths, micro_batch_tokens, packs=packs):
         part_ids, part_mask = (forward.fitted(columns[group], lengths[group]) for columns in (ids, mask))
         flat = forward.token_logprobs(model, part_ids.to(model.device), part_mask)
         sums[group] = forward.by_response(flat, part_mask).sum(1).cpu()
@@ -179,7 +180,7 @@ def sequence_rewards(
 ) -> Float[Tensor, " batch"]:
     """The reward of each sequence, read at its last token."""
     rewards, device = torch.zeros(len(ids)), reward.hf.device
-    for group in forward.micro_batches(lengths, micro_batch_tokens):
+    for group in packed.micro_batches(lengths, micro_batch_tokens, packs=trials.packs(device, reward.hf)):
         part = forward.fitted(ids[group], lengths[group]).to(device)
         rewards[group] = forward.final_scores(reward, part, lengths[group]).cpu()
         advance(len(group))

@@ -61,6 +61,13 @@ def token_rewards(
     return zero_outside(scores[:, None].expand_as(logprobs), last) - penalty
 
 
+def missing_eos_keep(
+    scores: Float[Tensor, " batch"], finished: Bool[Tensor, " batch"], unused: Scalar
+) -> Float[Tensor, " batch"]:
+    """A response cut before its EOS token has the score that the reward model gave it."""
+    return scores
+
+
 def missing_eos_replace(
     scores: Float[Tensor, " batch"], finished: Bool[Tensor, " batch"], replacement: Scalar
 ) -> Float[Tensor, " batch"]:
@@ -77,6 +84,10 @@ def missing_eos_subtract(
 ) -> Float[Tensor, " batch"]:
     """A response cut before its EOS token loses `penalty` from its score, as TRL's `missing_eos_penalty` does."""
     return torch.where(finished, scores, scores - penalty)
+
+
+MISSING_EOS = {"keep": missing_eos_keep, "replace": missing_eos_replace, "subtract": missing_eos_subtract}
+"""The missing-EOS rules by name."""
 
 
 def generalized_advantages(

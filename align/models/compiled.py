@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from align.models import sharding
 from align.models.attention import causal
+from align.models.packed import padded
 
 VARIANTS = 64
 """A block's code is compiled for at most this many cases before torch runs it uncompiled: with gradients or without,
@@ -31,12 +32,16 @@ MOST_OF_A_REASON = 300
 def compile_blocks(models: Iterable[PreTrainedModel]) -> None:
     """Lets blocks be compiled when they are first computed, once for sequences of any number and length.
 
+    Sequences do not come end to end then, as attention to them would cut the compiled blocks into pieces.
+
     Args:
         models: Before they are sharded, which hides what their blocks are.
 
     Raises:
         ValueError: One does not say what its blocks are.
     """
+    models = list(models)
+    padded.update(models)
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     for block in (block for model in models for block in sharding.blocks(model)):
         block.compile(dynamic=True)

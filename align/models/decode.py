@@ -12,9 +12,10 @@ from transformers import PreTrainedModel
 
 from align.models import sharding
 from align.models.attention import looks_all_the_way
-from align.models.forward import ROUNDING, evaluating, micro_batches
 from align.models.groups import GroupedSlots
+from align.models.packed import micro_batches
 from align.models.slots import Filling, Slots
+from align.models.trials import ROUNDING, evaluating
 
 PROMPT_TOKENS = 8192
 """Prompt tokens computed at once."""

@@ -1,13 +1,12 @@
 """The one address of shifts, positions and padding: log-probabilities, values and scores from token ids.
 
-Sequences are right-padded and attention is causal, so padding needs no mask and no position ids: a token's hidden
-state does not depend on what stands to its right. Padded tokens cost time, never correctness; `micro_batches` groups
-sequences of like length so that few are computed. The unembedding runs only where a token is scored, and in chunks.
+Sequences come right-padded, and a model computes them end to end, without padding and without what stands behind the
+last token that counts (`align.models.packed`). Models that cannot, get them as they are: attention is causal, so
+padding needs no mask and no position ids, and costs time, never correctness. The unembedding runs only where a token
+is scored, and in chunks.
 """
 
-import contextlib
-import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
@@ -16,78 +15,21 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from align.formulas.losses import entropy
-from align.models import compiled, hydra, sharding, shared
-from align.models.attention import causal, looks_all_the_way
+from align.models import hydra, sharding
+from align.models.attention import causal
 from align.models.heads import ScalarModel
 from align.models.hydra import Below
+from align.models.packed import Packed, pack
 from align.models.shared import SharedPrompts
+from align.models.trials import evaluating as evaluating
+from align.models.trials import has_plain_head, hidden, packs, shared_hidden, unembedding
 from align.types import sent
 
 LOGITS_PER_CHUNK = 2**25
 """At most this many logits exist at once (128 MiB in float32); more tokens are done in turns and recomputed."""
 
-CALL_TOKENS = 128
-"""What a pass costs before its first token, in tokens: about 8 ms of Python for a model of four layers on two cores.
-
-Larger models compute fewer tokens in that time; for them it only matters that the number is small.
-"""
-
-ROUNDING = 0.05
-"""Of the largest hidden state: more than bfloat16 rounds, and far less than a wrong position or mask changes."""
-
 OfLogits = Callable[[Float[Tensor, "tokens vocab"], Int[Tensor, " tokens"]], Tensor]
 """(logits, what came next) -> something of each token."""
-
-_sharing: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
-
-_plain_heads: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
-
-
-@contextlib.contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """The models in evaluation mode inside the block, each submodule's own mode restored after it."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def micro_batches(lengths: Int[Tensor, " batch"], budget: int) -> list[Int[Tensor, " picked"]]:
-    """Splits a batch into micro-batches of like lengths, none larger than `budget` tokens with its padding.
-
-    Of all such splits it is the one that computes least, where each micro-batch costs `CALL_TOKENS` beside its tokens.
-    A sequence longer than the budget is a micro-batch of its own. The split depends on the lengths alone, so the
-    rollout's scoring pass and the update see equal shapes.
-
-    Args:
-        lengths: Tokens of each sequence.
-        budget: Tokens a micro-batch may hold, padding included.
-
-    Returns:
-        Row indices; every row once, longest sequences first (so that memory runs out at once or never).
-    """
-    order = torch.argsort(lengths.cpu(), descending=True, stable=True)
-    sizes = lengths.cpu()[order].tolist()
-    # cheapest[end]: the least cost of the first `end` rows, and where the last of their groups starts.
-    cheapest: list[tuple[int, int]] = [(0, 0)]
-    for end in range(1, len(sizes) + 1):
-        best = (cheapest[end - 1][0] + sizes[end - 1] + CALL_TOKENS, end - 1)
-        for start in range(end - 2, -1, -1):
-            computed = (end - start) * sizes[start]
-            if computed > budget:
-                break
-            best = min(best, (cheapest[start][0] + computed + CALL_TOKENS, start))
-        cheapest.append(best)
-    groups, end = [], len(sizes)
-    while end > 0:
-        start = cheapest[end][1]
-        groups.append(order[start:end])
-        end = start
-    return groups[::-1]
 
 
 def token_logprobs(
@@ -155,13 +97,14 @@ def _with_values(
     function: OfLogits,
     below: Below | None = None,
 ) -> tuple[Tensor, Float[Tensor, " tokens"]]:
-    if not _has_plain_head(model, ids.device):
+    if not has_plain_head(model, ids.device):
         return _over_logits(model, ids, mask, temperature, function, below), token_values(value, ids, mask, below)
 
+    laid_out = _layout_for(model, ids, mask)
+
     def both(model: PreTrainedModel) -> tuple[Tensor, Tensor]:
-        places = _places(mask, ids.device)
-        inputs, targets = _before(_hidden(model, ids, below), places), ids.flatten()[places]
-        head, vocab = _unembedding(model), _vocab(model)
+        inputs, targets = _before(model, ids, mask, laid_out, below)
+        head, vocab = unembedding(model), _vocab(model)
         return _in_chunks(head, inputs, targets, function, temperature=temperature, vocab=vocab), _scalar(value, inputs)
 
     return sharding.run(model, both)
@@ -182,22 +125,22 @@ def token_values(
     below: Below | None = None,
 ) -> Float[Tensor, " tokens"]:
     """V(s_t) of the tokens where `mask` is True: read at the token before, when token t was not yet chosen."""
-    places = _places(mask, ids.device)
-    return sharding.run(model.hf, lambda hf: _scalar(model, _before(_hidden(hf, ids, below), places)))
+    laid_out = _layout_for(model.hf, ids, mask)
+    return sharding.run(model.hf, lambda hf: _scalar(model, _before(hf, ids, mask, laid_out, below)[0]))
 
 
 def final_scores(
     model: ScalarModel, ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"]
 ) -> Float[Tensor, " batch"]:
     """The reward of each whole sequence, read at its last token (the EOS token of a finished response)."""
-    ends = torch.arange(len(ids), device=lengths.device) * ids.shape[1] + lengths
-    places = sent(ends, ids.device)
-    return sharding.run(model.hf, lambda hf: _scalar(model, _before(_hidden(hf, ids), places)))
+    ends = torch.arange(len(ids), device=lengths.device) * ids.shape[1] + lengths - 1
+    packed = layout(model.hf, ids, lengths)
+    return sharding.run(model.hf, lambda hf: _scalar(model, _at(ends, hf, ids, packed)))
 
 
 def final_scores_sharing(model: ScalarModel, laid_out: SharedPrompts) -> Float[Tensor, " batch"]:
     """`final_scores` of sequences that share their prompts, for models that can: `shares_prompts`."""
-    return sharding.run(model.hf, lambda hf: _scalar(model, _shared_hidden(hf, laid_out)[laid_out.last]))
+    return sharding.run(model.hf, lambda hf: _scalar(model, shared_hidden(hf, laid_out)[laid_out.last]))
 
 
 def every_logprob(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Float[Tensor, " tokens"]:
@@ -205,14 +148,14 @@ def every_logprob(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Flo
 
     Asks for no number in a tensor, so it runs on tensors without contents too (`align.traced`).
     """
-    inputs = _hidden(model, ids)[:, :-1].flatten(0, 1)
-    head, targets = _unembedding(model), ids[:, 1:].flatten()
+    inputs = hidden(model, ids)[:, :-1].flatten(0, 1)
+    head, targets = unembedding(model), ids[:, 1:].flatten()
     return _in_chunks(head, inputs, targets, _logprobs_of, temperature=1.0, vocab=_vocab(model))
 
 
 def every_value(model: ScalarModel, ids: Int[Tensor, "batch time"]) -> Float[Tensor, " tokens"]:
     """`token_values` of all tokens but the first of each row; see `every_logprob`."""
-    return _scalar(model, _hidden(model.hf, ids)[:, :-1].flatten(0, 1))
+    return _scalar(model, hidden(model.hf, ids)[:, :-1].flatten(0, 1))
 
 
 def fitted(columns: Shaped[Tensor, "batch time"], lengths: Int[Tensor, " batch"]) -> Shaped[Tensor, "batch fitted"]:
@@ -237,48 +180,52 @@ def _places(mask: Bool[Tensor, "batch time"], device: torch.device) -> Int[Tenso
     return sent(mask.flatten().nonzero()[:, 0], device)
 
 
-def _before(hidden: Float[Tensor, "batch time d"], places: Int[Tensor, " tokens"]) -> Float[Tensor, "tokens d"]:
-    """The states from which the tokens at these places are told."""
-    return hidden.flatten(0, 1)[places - 1]
+def layout(model: PreTrainedModel, ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"]) -> Packed | None:
+    """How the first tokens of each row lie end to end, so many of each; None: the model gets the rows as they are."""
+    return pack(lengths, ids.shape[1]) if packs(ids.device, model) else None
 
 
-def _hidden(
-    model: PreTrainedModel, ids: Int[Tensor, "batch time"], below: Below | None = None
-) -> Float[Tensor, "batch time d"]:
+def _layout_for(
+    model: PreTrainedModel, ids: Int[Tensor, "batch time"], mask: Bool[Tensor, "batch time"]
+) -> Packed | None:
+    """See `layout`: of each row what stands before its last scored token."""
+    return layout(model, ids, (mask * torch.arange(mask.shape[1], device=mask.device)).amax(1))
+
+
+def _before(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch time"],
+    mask: Bool[Tensor, "batch time"],
+    packed: Packed | None,
+    below: Below | None,
+    *,
+    logits: bool = False,
+) -> tuple[Float[Tensor, "tokens _"], Int[Tensor, " tokens"]]:
+    """The hidden states (or logits) from which the tokens are told where the mask is True, and these tokens."""
+    places = mask.flatten().nonzero()[:, 0]
+    return _at(places - 1, model, ids, packed, below, logits=logits), ids.flatten()[sent(places, ids.device)]
+
+
+def _at(
+    places: Int[Tensor, " places"],
+    model: PreTrainedModel,
+    ids: Int[Tensor, "batch time"],
+    packed: Packed | None,
+    below: Below | None = None,
+    *,
+    logits: bool = False,
+) -> Float[Tensor, "places _"]:
+    """The hidden states, or logits, at places of the flattened batch."""
+    arguments = {"input_ids": ids}
+    if packed is not None:
+        places, packed = sent((packed.find(places), packed), ids.device)
+        arguments, below = packed.arguments(ids), below and below.packed(packed)
     with hydra.above(model, below), causal(model):
-        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-
-
-def _shared_hidden(model: PreTrainedModel, laid_out: SharedPrompts) -> Float[Tensor, "tokens d"]:
-    # A mask of four axes is taken as it is by transformers, which would make one of all tokens by all tokens.
-    none = torch.zeros((1, 1, 1, 1), device=laid_out.ids.device)
-    out = model.base_model(
-        input_ids=laid_out.ids, position_ids=laid_out.positions, attention_mask=none, use_cache=False, shared=laid_out
-    )
-    return out.last_hidden_state[0]
-
-
-def shares_prompts(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether a model computes the same where sequences share their prompt: tried out once a model.
-
-    Not where attention looks only so far back, or is not ours (`align.models.attention`).
-    """
-    if model not in _sharing:
-        _sharing[model] = looks_all_the_way(model) and _shares(model, device)
-    return _sharing[model]
-
-
-def _shares(model: PreTrainedModel, device: torch.device) -> bool:
-    ids = torch.tensor([[1, 2, 3, 0, 0], [1, 2, 0, 3, 1], [2, 3, 1, 0, 0]], device=device)
-    lengths, prompts = torch.tensor([3, 5, 4], device=device), torch.tensor([0, 0, 1], device=device)
-    laid_out = shared.share(ids, lengths, prompts, apart=True)
-    with torch.no_grad(), evaluating(model), sharding.gathered(model), compiled.off():
-        apart = sharding.run(model, _hidden, ids)[torch.arange(3, device=device), lengths - 1].float()
-        try:
-            together = sharding.run(model, _shared_hidden, laid_out)[laid_out.last].float()
-        except (TypeError, ValueError, RuntimeError):  # it takes no such arguments, or not in this form
-            return False
-    return bool((together - apart).abs().max() <= ROUNDING * apart.abs().max())
+        if logits:
+            found = model.forward(**arguments, use_cache=False).logits
+        else:
+            found = model.base_model(**arguments, use_cache=False).last_hidden_state
+    return found.flatten(0, 1)[sent(places, ids.device)]
 
 
 def _scalar(model: ScalarModel, hidden: Float[Tensor, "places d"]) -> Float[Tensor, " places"]:
@@ -295,27 +242,14 @@ def _over_logits(
     below: Below | None = None,
 ) -> Tensor:
     """`function(logits, targets)` of the scored tokens, computing no other logits where the model allows it."""
-    plain = _has_plain_head(model, ids.device)
-    return sharding.run(model, _function_of_logits, ids, mask, temperature, function, plain, below)
+    plain, packed = has_plain_head(model, ids.device), _layout_for(model, ids, mask)
 
+    def of_logits(model: PreTrainedModel) -> Tensor:
+        inputs, targets = _before(model, ids, mask, packed, below, logits=not plain)
+        head = unembedding(model) if plain else nn.Identity()
+        return _in_chunks(head, inputs, targets, function, temperature=temperature, vocab=_vocab(model))
 
-def _function_of_logits(
-    model: PreTrainedModel,
-    ids: Int[Tensor, "batch time"],
-    mask: Bool[Tensor, "batch time"],
-    temperature: float,
-    function: OfLogits,
-    plain: bool,
-    below: Below | None,
-) -> Tensor:
-    places = _places(mask, ids.device)
-    targets = ids.flatten()[places]
-    if plain:
-        head, inputs = _unembedding(model), _before(_hidden(model, ids, below), places)
-    else:
-        with hydra.above(model, below), causal(model):
-            head, inputs = nn.Identity(), _before(model.forward(input_ids=ids, use_cache=False).logits, places)
-    return _in_chunks(head, inputs, targets, function, temperature=temperature, vocab=_vocab(model))
+    return sharding.run(model, of_logits)
 
 
 def _in_chunks(
@@ -358,28 +292,5 @@ def _logprobs_and_hits_of(
     return torch.stack([_logprobs_of(logits, targets), (logits.argmax(-1) == targets).float()], dim=-1)
 
 
-def _has_plain_head(model: PreTrainedModel, device: torch.device) -> bool:
-    """Whether the model's logits are its output embedding applied to its last hidden state and nothing more.
-
-    Some families scale or cap the logits afterwards (Gemma 2, Cohere, Granite). One tiny pass tells, once a model;
-    such models are asked for their logits whole, which costs memory and stays right.
-    """
-    if model not in _plain_heads:
-        with torch.no_grad(), evaluating(model), sharding.gathered(model), compiled.off():
-            _plain_heads[model] = sharding.run(model, _head_is_plain, torch.arange(2, device=device)[None])
-    return _plain_heads[model]
-
-
-def _head_is_plain(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> bool:
-    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
-    return torch.equal(_unembedding(model)(hidden), model.forward(input_ids=ids, use_cache=False).logits)
-
-
 def _vocab(model: PreTrainedModel) -> int:
     return model.config.get_text_config().vocab_size
-
-
-def _unembedding(model: PreTrainedModel) -> nn.Module:
-    head = model.get_output_embeddings()
-    assert isinstance(head, nn.Module), f"{type(model).__name__} is no language model"
-    return head

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 
 from align.models import compiled, sharding
 from align.models.attention import causal
+from align.models.packed import Packed
 from align.types import sent
 
 ROUNDING = 1e-3
@@ -46,6 +47,10 @@ class Below:
         """Those of the picked rows, as far as their first `width` tokens."""
         return replace(self, hidden=self.hidden[sent(index, self.hidden.device), :width])
 
+    def packed(self, laid_out: Packed) -> "Below":
+        """Those of sequences end to end."""
+        return replace(self, hidden=self.hidden.flatten(0, 1)[laid_out.places][None])
+
 
 @dataclass(frozen=True)
 class Hydra:
@@ -61,9 +66,9 @@ class Hydra:
     depth: int = 0
     heads: Mapping[str, PreTrainedModel] = field(default_factory=dict)
 
-    def below(self, ids: Int[Tensor, "batch time"]) -> Below | None:
-        """Where the policy and the other networks can go on from, for these ids; None: nothing is shared."""
-        return below(self.policy, ids, self.depth) if self.depth else None
+    def below(self, ids: Int[Tensor, "batch time"], laid_out: Packed | None = None) -> Below | None:
+        """Where the policy and the other networks can go on from; None: nothing is shared. Arguments as of `below`."""
+        return below(self.policy, ids, self.depth, laid_out) if self.depth else None
 
     def given(self, network: PreTrainedModel, states: Below | None) -> Below | None:
         """The states, if the network goes on from them."""
@@ -145,18 +150,29 @@ def depth(model: PreTrainedModel) -> int:
     return [*learns, True].index(True)
 
 
-def below(model: PreTrainedModel, ids: Int[Tensor, "batch time"], depth: int) -> Below:
-    """The hidden states of a right-padded batch behind the first `depth` blocks, which must not be all."""
+def below(model: PreTrainedModel, ids: Int[Tensor, "batch time"], depth: int, laid_out: Packed | None = None) -> Below:
+    """The hidden states of a right-padded batch behind the first `depth` blocks, which must not be all.
+
+    Args:
+        model: The policy.
+        ids: Right-padded.
+        depth: How many blocks.
+        laid_out: Computes them end to end (`forward.laid_out`); of what does not lie there the states are 0.
+    """
     with torch.no_grad():
-        return _below(model, ids, depth)
+        return _below(model, ids, depth, laid_out)
 
 
-def _below(model: PreTrainedModel, ids: Int[Tensor, "batch time"], depth: int) -> Below:
-    stand_in = StandIn(None)
+def _below(model: PreTrainedModel, ids: Int[Tensor, "batch time"], depth: int, laid_out: Packed | None = None) -> Below:
+    stand_in, packed = StandIn(None), sent(laid_out, ids.device)
     with _standing_in(model, slice(depth, None), stand_in), causal(model):
-        model.base_model(input_ids=ids, use_cache=False)
-    assert stand_in.hidden is not None
-    return Below(hidden=stand_in.hidden, depth=depth)
+        model.base_model(**({"input_ids": ids} if packed is None else packed.arguments(ids)), use_cache=False)
+    hidden = stand_in.hidden
+    assert hidden is not None
+    if packed is not None:
+        rows = hidden.new_zeros(ids.numel(), hidden.shape[-1]).index_copy(0, packed.places, hidden[0])
+        hidden = rows.view(*ids.shape, -1)
+    return Below(hidden=hidden, depth=depth)
 
 
 @contextlib.contextmanager

@@ -21,14 +21,15 @@ from jaxtyping import Float, Int
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align import distributed, interrupt, nonfinite, seeds
 from align.errors import RunError
-from align.models import compiled, sharding
+from align.formulas.losses import cross_entropy
+from align.models import compiled, forward, packed, sharding, trials
 from align.models.load import fingerprint, save_model
 from align.optim import Optim
-from align.types import AnyRecord
+from align.types import AnyRecord, Sequences, sent
 
 Stats = dict[str, Tensor]
 
@@ -49,6 +50,9 @@ class AlignModule(L.LightningModule, ABC):
         compile: Compiles every transformer block (torch.compile) for learning and scoring; writing stays as it is.
             Results differ by rounding, dropout draws other numbers, and compiling takes a minute or more. Scoring and
             learning are compiled apart, so PPO's first ratio may be off 1 by rounding; on a CPU in float32 it was 1.
+        pack: The sequences of a micro-batch lie end to end, so that next to no padding is computed, where a model
+            allows it and its blocks are not compiled. False: each is filled up to the longest. Results differ by
+            rounding.
     """
 
     def __init__(
@@ -59,6 +63,7 @@ class AlignModule(L.LightningModule, ABC):
         micro_batch_tokens: int = 8192,
         seed: int = 0,
         compile: bool = False,
+        pack: bool = True,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -67,6 +72,7 @@ class AlignModule(L.LightningModule, ABC):
         self.micro_batch_tokens = micro_batch_tokens
         self.seed = seed
         self.compiles = compile
+        self.pack = pack
         self._clock = time.perf_counter()
         self.batch_at_hand: Any = None
         self.nonfinite_steps = 0
@@ -94,6 +100,8 @@ class AlignModule(L.LightningModule, ABC):
 
     def configure_model(self) -> None:
         """Lets a strategy that shards weights do so. Called by Lightning on every rank before weights are restored."""
+        if not self.pack:
+            packed.padded.update(sharding.models_of(self))
         if self.compiles:
             compiled.compile_blocks(sharding.models_of(self))
         shard = getattr(self.trainer.strategy, "shard", None)
@@ -112,6 +120,10 @@ class AlignModule(L.LightningModule, ABC):
         optimizer, schedule = self.optim.build(self.networks(), steps=int(steps), lrs=self.learning_rates())
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
+    def micro_batches(self, lengths: Int[Tensor, " batch"], *models: PreTrainedModel) -> list[Int[Tensor, " picked"]]:
+        """Which rows of a batch, of sequences so long, these models compute at once; see `packed.micro_batches`."""
+        return packed.micro_batches(lengths, self.micro_batch_tokens, packs=trials.packs(self.device, *models))
+
     def parts(self, batch: AnyRecord, groups: Sequence[Int[Tensor, " _"]]) -> Iterator[AnyRecord]:
         """The groups of a batch's rows, one after another.
 
@@ -120,7 +132,7 @@ class AlignModule(L.LightningModule, ABC):
 
         Args:
             batch: This rank's part of it.
-            groups: Micro-batches: which rows; see `forward.micro_batches`.
+            groups: See `micro_batches`.
         """
         missing = 0
         if any(sharding.is_sharded(network) for network in self.networks().values()):
@@ -129,6 +141,14 @@ class AlignModule(L.LightningModule, ABC):
             yield batch.rows_at(group)
         for _ in range(missing):
             yield batch.rows_at(groups[-1][-1:]).uncounted()  # type: ignore[attr-defined]
+
+    def text_losses(self, model: PreTrainedModel, text: Sequences) -> Iterator[Float[Tensor, ""]]:
+        """The mean cross-entropy of the tokens that text marks for learning, in micro-batches that add up to it."""
+        count = distributed.total(text.mask.sum())
+        for part in self.parts(text, self.micro_batches(text.lengths, model)):
+            ids, mask = forward.fitted(part.ids, part.lengths), forward.fitted(part.mask, part.lengths)
+            logprobs = forward.token_logprobs(model, sent(ids, self.device), mask)
+            yield cross_entropy(logprobs, torch.ones_like(logprobs, dtype=torch.bool), count)
 
     def accumulate(self, pieces: Iterable[tuple[Tensor, Stats]]) -> Stats:
         """Adds the gradient of every piece to what is there.

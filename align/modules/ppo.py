@@ -11,14 +11,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from align import distributed, interrupt, seeds
 from align.formulas import losses, masked, returns
-from align.models import compiled, forward, sharding
+from align.models import compiled, forward, sharding, trials
 from align.models.heads import ScalarModel
 from align.models.hydra import Hydra, depth, grow
 from align.models.load import frozen
@@ -111,7 +111,7 @@ class PPOModule(AlignModule):
             reference, and a value network trained likewise from the same weights; a reward model's is only kept once.
             Changes rounding at most; not under FSDP.
         value_lr: Peak learning rate of the value network; null means `optim.lr`.
-        tokenizer, optim, micro_batch_tokens, seed, compile: See `AlignModule`.
+        tokenizer, optim, micro_batch_tokens, seed, compile, pack: See `AlignModule`.
     """
 
     def __init__(
@@ -130,9 +130,15 @@ class PPOModule(AlignModule):
         micro_batch_tokens: int = 8192,
         seed: int = 0,
         compile: bool = False,
+        pack: bool = True,
     ) -> None:
         super().__init__(
-            tokenizer=tokenizer, optim=optim, micro_batch_tokens=micro_batch_tokens, seed=seed, compile=compile
+            tokenizer=tokenizer,
+            optim=optim,
+            micro_batch_tokens=micro_batch_tokens,
+            seed=seed,
+            compile=compile,
+            pack=pack,
         )
         if sampler.temperature <= 0.0:
             raise ValueError(
@@ -144,7 +150,7 @@ class PPOModule(AlignModule):
         self.value = value.on(policy, "value", trained=True) if isinstance(value, Head | Adapter) else value
         self.reward = frozen(reward.on(policy, "reward", trained=False) if isinstance(reward, Adapter) else reward)
         self.share_frozen = share_frozen
-        self.frozen = FrozenStates(Hydra(policy), micro_batch_tokens)
+        self.frozen = FrozenStates(Hydra(policy), self.split)
         self.sampler = sampler
         self.ppo = ppo
         self.value_lr = value_lr
@@ -169,16 +175,12 @@ class PPOModule(AlignModule):
         super().configure_model()
         own = self.reward.hf is self.policy  # and so has an adapter, which may reach further down
         others = {"reference": self.reference, "value": self.value.hf, **({} if own else {"reward": self.reward.hf})}
-        self.frozen = FrozenStates(grow(self.policy, others if self.share_frozen else {}), self.micro_batch_tokens)
+        self.frozen = FrozenStates(grow(self.policy, others if self.share_frozen else {}), self.split)
         if depth(self.policy):
             rank_zero_info(self.frozen.hydra.described())
 
     def on_fit_start(self) -> None:
-        """Sees to it that text is there if and only if the objective has a pretraining term.
-
-        Raises:
-            ValueError: One is there without the other.
-        """
+        """Raises ValueError unless text is there if and only if the objective has a pretraining term."""
         texts = getattr(self.trainer.datamodule, "pretraining_batch", 0)  # type: ignore[attr-defined]
         if (self.ppo.ptx_coef > 0.0) != (texts > 0):
             raise ValueError(
@@ -208,6 +210,10 @@ class PPOModule(AlignModule):
         """
         return returns.generalized_advantages(rewards, values, mask, gamma=self.ppo.gamma, lam=self.ppo.lam)
 
+    def split(self, lengths: Int[Tensor, " batch"]) -> list[Int[Tensor, " _"]]:
+        """Micro-batches of episodes so long: alike for policy, reference and value network, to learn and score."""
+        return self.micro_batches(lengths, self.policy, self.reference or self.policy, self.value.hf)
+
     # Collecting.
 
     @torch.no_grad()
@@ -223,7 +229,7 @@ class PPOModule(AlignModule):
             The rollout of all ranks together.
         """
         start = time.perf_counter()
-        with interrupt.interruptible(self.may_be_dropped()), self.precision(), forward.evaluating(self):
+        with interrupt.interruptible(self.may_be_dropped()), self.precision(), trials.evaluating(self):
             self.frozen.forget()
             draws = seeds.forked(self.seed, "sample", iteration, self.global_rank)
             with sharding.gathered(self.policy):  # until its own pass is done, which frees it
@@ -237,7 +243,7 @@ class PPOModule(AlignModule):
                     value=self.value,
                     temperature=self.sampler.temperature,
                     minibatch=minibatch,
-                    micro_batch_tokens=self.micro_batch_tokens,
+                    split=self.split,
                     hydra=self.frozen.hydra,
                     states=self.frozen.of_rollout(completions, minibatch),
                     device=self.device,
@@ -280,11 +286,7 @@ class PPOModule(AlignModule):
     def _with_eos_rule(
         self, scores: Float[Tensor, " batch"], finished: Bool[Tensor, " batch"]
     ) -> Float[Tensor, " batch"]:
-        if self.ppo.missing_eos == "replace":
-            return returns.missing_eos_replace(scores, finished, self.ppo.missing_eos_value)
-        if self.ppo.missing_eos == "subtract":
-            return returns.missing_eos_subtract(scores, finished, self.ppo.missing_eos_value)
-        return scores
+        return returns.MISSING_EOS[self.ppo.missing_eos](scores, finished, self.ppo.missing_eos_value)
 
     # Learning.
 
@@ -312,11 +314,11 @@ class PPOModule(AlignModule):
         hydra, count = self.frozen.hydra, distributed.total(episodes.mask.sum())
         if self.ppo.whiten_advantages:
             episodes = replace(episodes, advantages=self._whitened(episodes, count))
-        groups = forward.micro_batches(episodes.completions.lengths, self.micro_batch_tokens)
+        groups = self.split(episodes.completions.lengths)
         for number, part in enumerate(self.parts(episodes, groups)):
             (ids, scored), written = response_tokens(part.completions), part.mask
-            ids, part = sent((ids, part), self.device)
-            below = hydra.below(ids) if states is None else states(groups[number], ids.shape[1])
+            lengths, (ids, part) = part.completions.lengths, sent((ids, part), self.device)
+            below = self.frozen.at(groups[number], ids, lengths, states)
             if one_pass(self.value):
                 logprobs, values = forward.token_logprobs_and_values(
                     self.policy, self.value, ids, scored, self.sampler.temperature, below
@@ -360,11 +362,7 @@ class PPOModule(AlignModule):
 
     def pretraining_losses(self, text: Sequences) -> Iterator[tuple[Tensor, Stats]]:
         """γ times the mean cross-entropy of pretraining text, in micro-batches: the second line of Eq. 2."""
-        count = distributed.total(text.mask.sum())
-        for part in self.parts(text, forward.micro_batches(text.lengths, self.micro_batch_tokens)):
-            ids, mask = forward.fitted(part.ids, part.lengths), forward.fitted(part.mask, part.lengths)
-            logprobs = forward.token_logprobs(self.policy, sent(ids, self.device), mask)
-            loss = losses.cross_entropy(logprobs, torch.ones_like(logprobs, dtype=torch.bool), count)
+        for loss in self.text_losses(self.policy, text):
             yield self.ppo.ptx_coef * loss, {"ptx/loss": loss.detach()}
 
     def rollout_stats(self, rollout: Rollout) -> Stats:

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align import distributed
 from align.formulas import losses
-from align.models import forward, sharding, shared
+from align.models import forward, sharding, shared, trials
 from align.models.heads import ScalarModel
 from align.modules.base import AlignModule, Stats
 from align.modules.ranking import RankingMetrics, better
@@ -36,7 +36,7 @@ class RewardModule(AlignModule):
         share_prompts: Computes a prompt once for all its completions, where the model allows it. The same to rounding.
         divisor: What a prompt's summed loss is divided by: "kept_pairs", those that do not tie, so that every prompt
             weighs the same; or "all_pairs", C(K,2). The paper does not say which.
-        tokenizer, optim, micro_batch_tokens, seed, compile: See `AlignModule`.
+        tokenizer, optim, micro_batch_tokens, seed, compile, pack: See `AlignModule`.
     """
 
     def __init__(
@@ -50,9 +50,15 @@ class RewardModule(AlignModule):
         micro_batch_tokens: int = 8192,
         seed: int = 0,
         compile: bool = False,
+        pack: bool = True,
     ) -> None:
         super().__init__(
-            tokenizer=tokenizer, optim=optim, micro_batch_tokens=micro_batch_tokens, seed=seed, compile=compile
+            tokenizer=tokenizer,
+            optim=optim,
+            micro_batch_tokens=micro_batch_tokens,
+            seed=seed,
+            compile=compile,
+            pack=pack,
         )
         self.model = model
         self.share_prompts = share_prompts
@@ -109,7 +115,7 @@ class RewardModule(AlignModule):
         return forward.final_scores(self.model, sent(ids, self.device), lengths)
 
     def _shares(self) -> bool:
-        return self.share_prompts and forward.shares_prompts(self.model.hf, self.device)
+        return self.share_prompts and trials.shares_prompts(self.model.hf, self.device)
 
     def validation_step(self, batch: Comparisons, batch_idx: int) -> None:
         """Scores every completion."""
@@ -137,7 +143,7 @@ class RewardModule(AlignModule):
         batches = self.trainer.datamodule.demonstration_batches()  # type: ignore[attr-defined]
         if not sharding.is_sharded(self.model):
             self.to(self.trainer.strategy.root_device)  # from which Lightning has just taken it
-        with self.precision(), forward.evaluating(self.model), sharding.gathered(self.model):
+        with self.precision(), trials.evaluating(self.model), sharding.gathered(self.model):
             rewards = [self.rewards_of_all(batch) for batch in batches]
         if rewards:
             self.model.bias += float(losses.reward_bias(torch.cat(rewards)))
@@ -147,7 +153,7 @@ class RewardModule(AlignModule):
         if isinstance(batch, Comparisons):
             groups, prompts = self.groups(batch), batch.prompt_index
         else:
-            groups, prompts = forward.micro_batches(batch.lengths, self.micro_batch_tokens), None
+            groups, prompts = self.micro_batches(batch.lengths, self.model.hf), None
         found = [
             self.rewards(batch.ids[group], batch.lengths[group], None if prompts is None else prompts[group])
             for group in groups

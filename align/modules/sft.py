@@ -3,13 +3,10 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from align import distributed
-from align.formulas.losses import cross_entropy
 from align.models import forward, sharding
 from align.modules.base import AlignModule, Stats
 from align.optim import Optim
@@ -23,7 +20,7 @@ class SFTModule(AlignModule):
 
     Args:
         model: The language model to fine-tune.
-        tokenizer, optim, micro_batch_tokens, seed, compile: See `AlignModule`.
+        tokenizer, optim, micro_batch_tokens, seed, compile, pack: See `AlignModule`.
     """
 
     def __init__(
@@ -35,9 +32,15 @@ class SFTModule(AlignModule):
         micro_batch_tokens: int = 8192,
         seed: int = 0,
         compile: bool = False,
+        pack: bool = True,
     ) -> None:
         super().__init__(
-            tokenizer=tokenizer, optim=optim, micro_batch_tokens=micro_batch_tokens, seed=seed, compile=compile
+            tokenizer=tokenizer,
+            optim=optim,
+            micro_batch_tokens=micro_batch_tokens,
+            seed=seed,
+            compile=compile,
+            pack=pack,
         )
         self.model = model
         self.valid_loss = MeanMetric()
@@ -59,16 +62,12 @@ class SFTModule(AlignModule):
 
     def losses(self, batch: Sequences) -> Iterator[tuple[Tensor, Stats]]:
         """The batch's loss in micro-batches, each divided by the tokens of the whole batch."""
-        count = distributed.total(batch.mask.sum())
-        for part in self.parts(batch, forward.micro_batches(batch.lengths, self.micro_batch_tokens)):
-            ids, mask = forward.fitted(part.ids, part.lengths), forward.fitted(part.mask, part.lengths)
-            logprobs = forward.token_logprobs(self.model, sent(ids, self.device), mask)
-            loss = cross_entropy(logprobs, torch.ones_like(logprobs, dtype=torch.bool), count)
+        for loss in self.text_losses(self.model, batch):
             yield loss, {"train/loss": loss.detach()}
 
     def validation_step(self, batch: Sequences, batch_idx: int) -> None:
         """Counts loss and hits of every token marked for learning."""
-        groups = forward.micro_batches(batch.lengths, self.micro_batch_tokens)
+        groups = self.micro_batches(batch.lengths, self.model)
         with sharding.gathered(self.model):
             for part in (batch.rows_at(group) for group in groups):
                 ids, mask = forward.fitted(part.ids, part.lengths), forward.fitted(part.mask, part.lengths)

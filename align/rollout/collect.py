@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.formulas.masked import masked_mean
-from align.models import adapters, forward, sharding
+from align.models import adapters, forward, packed, sharding, trials
 from align.models.heads import ScalarModel
 from align.models.hydra import Below, Hydra, below
+from align.models.packed import Packed
 from align.models.trunk import one_pass
 from align.types import Completions, Minibatch, Record, Rollout, sent
 
@@ -42,6 +43,9 @@ class Scored(Record):
     """After the missing-EOS rule."""
 
 
+Split = Callable[[Int[Tensor, " batch"]], list[Int[Tensor, " _"]]]
+"""Lengths of sequences -> micro-batches: which of them."""
+
 States = Callable[[Int[Tensor, " _"], int], Below]
 """(rows of a minibatch, width) -> what frozen blocks give for them."""
 
@@ -51,11 +55,11 @@ class FrozenStates:
 
     Args:
         hydra: Which networks go on from there.
-        micro_batch_tokens: See `AlignModule`.
+        split: See `token_passes`.
     """
 
-    def __init__(self, hydra: Hydra, micro_batch_tokens: int) -> None:
-        self.hydra, self.micro_batch_tokens = hydra, micro_batch_tokens
+    def __init__(self, hydra: Hydra, split: Split) -> None:
+        self.hydra, self.split = hydra, split
         self._ids: Tensor | None = None
         self._states: Below | None = None
 
@@ -78,27 +82,52 @@ class FrozenStates:
         states = self.of_rollout(batch.whole.completions, len(batch.index)) if ranks == 1 else None
         return states and (lambda rows, width: states.rows_at(batch.index[rows], width))
 
+    def at(
+        self,
+        rows: Int[Tensor, " batch"],
+        ids: Int[Tensor, "batch time"],
+        lengths: Int[Tensor, " batch"],
+        known: States | None,
+    ) -> Below | None:
+        """Those of a micro-batch: some rows of what is known of its minibatch (`of`), or computed anew.
+
+        Args:
+            rows: Which of the minibatch.
+            ids: Theirs, on the device that computes.
+            lengths: Theirs.
+            known: Of the minibatch.
+        """
+        if known is not None:
+            return known(rows, ids.shape[1])
+        return self.hydra.below(ids, _layout(self.hydra.policy, ids, lengths)) if self.hydra.depth else None
+
     def forget(self) -> None:
         """Frees what is kept."""
         self._ids = self._states = None
 
     def _computed(self, completions: Completions, minibatch: int) -> Below:
         policy, hidden = self.hydra.policy, None
-        for picked in _groups(completions, minibatch, self.micro_batch_tokens):
-            ids, _ = response_tokens(completions.rows_at(picked))
-            part = below(policy, sent(ids, policy.device), self.hydra.depth).hidden
+        for picked in _groups(completions, minibatch, self.split):
+            lengths, (ids, _) = completions.lengths[picked], response_tokens(completions.rows_at(picked))
+            ids = sent(ids, policy.device)
+            part = below(policy, ids, self.hydra.depth, _layout(policy, ids, lengths)).hidden
             hidden = part.new_zeros(*completions.ids.shape, part.shape[-1]) if hidden is None else hidden
             hidden[sent(picked, part.device), : ids.shape[1]] = part
         assert hidden is not None
         return Below(hidden, self.hydra.depth)
 
 
-def _groups(completions: Completions, minibatch: int, micro_batch_tokens: int) -> list[Int[Tensor, " _"]]:
+def _layout(policy: PreTrainedModel, ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"]) -> Packed | None:
+    """How all passes over episodes lie: their last tokens tell nothing."""
+    return forward.layout(policy, ids, lengths - 1)
+
+
+def _groups(completions: Completions, minibatch: int, split: Split) -> list[Int[Tensor, " _"]]:
     """The micro-batches in which the first epoch of the update will see the episodes."""
     return [
         rows[part]
         for rows in torch.arange(completions.size).split(minibatch)
-        for part in forward.micro_batches(completions.lengths[rows], micro_batch_tokens)
+        for part in split(completions.lengths[rows])
     ]
 
 
@@ -110,7 +139,7 @@ def token_passes(
     value: ScalarModel,
     temperature: float,
     minibatch: int,
-    micro_batch_tokens: int,
+    split: Split,
     hydra: Hydra,
     states: Below | None = None,
     device: torch.device,
@@ -124,12 +153,12 @@ def token_passes(
         value: V.
         temperature: The one the responses were sampled at.
         minibatch: Episodes in a minibatch.
-        micro_batch_tokens: See `AlignModule`.
+        split: Micro-batches of sequences so long.
         hydra: Which of them have frozen blocks in common.
         states: What those blocks give for the episodes: `FrozenStates`.
         device: Where they compute.
     """
-    groups = _groups(completions, minibatch, micro_batch_tokens)
+    groups = _groups(completions, minibatch, split)
     over_all = functools.partial(_over_all, completions, groups, states, device)
     other = policy if reference is None else reference
     found: dict[str, Tensor] = {}
@@ -200,8 +229,9 @@ def _over_all(
 def reward_scores(
     reward: ScalarModel, completions: Completions, micro_batch_tokens: int, device: torch.device
 ) -> Float[Tensor, " batch"]:
-    """The reward model's score of each whole response, EOS included. Arguments as of `token_passes`."""
-    found, groups = [], forward.micro_batches(completions.lengths, micro_batch_tokens)
+    """The reward model's score of each whole response, EOS included. Arguments: see `token_passes`, `AlignModule`."""
+    packs = trials.packs(device, reward.hf)
+    found, groups = [], packed.micro_batches(completions.lengths, micro_batch_tokens, packs=packs)
     with sharding.gathered(reward.hf), reward.in_use():
         for part in (completions.rows_at(group) for group in groups):
             ids = forward.fitted(part.ids, part.lengths)

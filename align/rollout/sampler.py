@@ -26,9 +26,9 @@ from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
 from align.models import decode
-from align.models.forward import evaluating
 from align.models.groups import GroupedSlots
 from align.models.slots import Slots
+from align.models.trials import evaluating
 from align.types import Completions, Prompts, joined
 
 SHARED_FROM = 128

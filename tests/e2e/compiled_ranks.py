@@ -9,7 +9,7 @@ from torch import distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from align import distributed
-from align.models import compiled, forward, sharding
+from align.models import compiled, forward, packed, sharding
 
 
 def main(out: str) -> None:
@@ -27,6 +27,7 @@ def main(out: str) -> None:
 def steps(compiles: bool) -> tuple[dict[str, torch.Tensor], list[int]]:
     """Three steps on batches of other shapes."""
     made, counts = model("llama"), []
+    packed.padded.add(made)
     with afresh():
         if compiles:
             compiled.compile_blocks([made])

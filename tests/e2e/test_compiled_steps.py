@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from align import checkpoints, fit, interrupt, launch
 from align.callbacks.tables import SampleTable
 from align.data.experience import ExperienceData
-from align.models import compiled, forward
+from align.models import compiled, packed, trials
 from align.models.attention import use_attend
 from align.modules.ppo import PPO, PPOModule
 from align.modules.reward import RewardModule
@@ -83,6 +83,7 @@ def ppo(folder: Path, compile: bool) -> PPOModule:
 @pytest.mark.parametrize("kind", ["gpt2", "checkpointing", "frozen", "lora"])
 def test_batches_of_any_shape_run_what_was_compiled_for_the_first(kind: str) -> None:
     plain, ours = sft(kind), sft(kind)
+    packed.padded.add(plain.model)
     seen = []
     with afresh():
         compiled.compile_blocks([ours.model])
@@ -101,7 +102,7 @@ def test_a_prompt_that_answers_share_is_compiled_around_once() -> None:
     plain, ours, seen = reward(True), reward(True), []
     with afresh():
         compiled.compile_blocks([ours.model.hf])
-        assert forward.shares_prompts(ours.model.hf, torch.device("cpu"))
+        assert trials.shares_prompts(ours.model.hf, torch.device("cpu"))
         assert graphs() == 0, "trying a model out compiles it"
         for prompt, index in enumerate(([0, 0, 0, 1, 1, 2, 2], [0, 0, 1, 1, 1], [0, 0, 0, 0, 1, 1]), start=2):
             batch = comparisons(index, prompt)

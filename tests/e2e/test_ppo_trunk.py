@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from unit.modules.test_ppo import TEXTS, Collecting, data, stale
 
-from align.models import adapters, forward
+from align.models import adapters, forward, packed
 from align.models.adapters import OWN, LoRA
 from align.models.heads import ScalarModel
 from align.models.load import load_causal_lm, load_scalar_model, save_model
@@ -147,7 +147,7 @@ def test_a_head_on_the_policy_adds_its_loss_with_a_weight_in_one_pass(folder: Pa
     ppo, passes = headed(coefficient), []
     ppo.policy.base_model.register_forward_hook(lambda *_: passes.append(1))
     episodes = tiny.completions([3, 4, 2], [5, 2, 6])
-    groups = len(forward.micro_batches(episodes.lengths, 40))
+    groups = len(packed.micro_batches(episodes.lengths, 40))
     rollout = rollout_of(ppo, episodes)
     assert len(passes) == groups + 2  # a trial of the policy's head takes two
     passes.clear()
@@ -156,7 +156,7 @@ def test_a_head_on_the_policy_adds_its_loss_with_a_weight_in_one_pass(folder: Pa
 
     def pieces() -> Any:
         count = rollout.mask.sum()
-        for group in forward.micro_batches(episodes.lengths, 40):
+        for group in packed.micro_batches(episodes.lengths, 40):
             part = whitened(ppo, rollout).rows_at(group)
             ids = forward.fitted(part.completions.ids, part.completions.lengths)
             scored = forward.fitted(part.completions.token_mask, part.completions.lengths)
@@ -178,7 +178,7 @@ def rollout_of(ppo: Collecting, episodes: Any) -> Any:
     with torch.no_grad():
         passes = token_passes(
             episodes, policy=ppo.policy, reference=ppo.reference, value=ppo.value, temperature=0.7, minibatch=3,
-            micro_batch_tokens=40, hydra=ppo.frozen.hydra, device=torch.device("cpu"),
+            split=ppo.split, hydra=ppo.frozen.hydra, device=torch.device("cpu"),
         )  # fmt: skip
         scored = Scored(completions=episodes, passes=passes, scores=torch.tensor([1.0, -1.0, 0.5]))
         ppo._collecting = {}

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from align.models import forward
+from align.models import forward, packed, trials
 from align.models.heads import ScalarModel
 from align.models.load import load_scalar_model
 from align.types import Completions
@@ -37,7 +37,7 @@ def test_logprobs_are_those_of_each_sequence_alone(name: str, temperature: float
 
 def test_gemma_is_the_family_whose_logits_are_capped() -> None:
     device = torch.device("cpu")
-    assert {name for name, model in FAMILIES.items() if not forward._has_plain_head(model, device)} == {"gemma2"}
+    assert {name for name, model in FAMILIES.items() if not trials.has_plain_head(model, device)} == {"gemma2"}
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -124,10 +124,10 @@ def test_a_value_is_read_before_its_token(scalar: ScalarModel) -> None:
 
 def test_micro_batches_hold_every_row_once_within_the_budget() -> None:
     lengths = torch.tensor([5, 30, 7, 7, 6, 31, 2])
-    groups = forward.micro_batches(lengths, 32)
+    groups = packed.micro_batches(lengths, 32)
     assert [sorted(group.tolist()) for group in groups] == [[5], [1], [0, 2, 3, 4], [6]]
     assert all(len(group) * int(lengths[group].max()) <= 32 for group in groups)
-    assert [group.tolist() for group in forward.micro_batches(lengths, 1)] == [[5], [1], [2], [3], [4], [0], [6]]
+    assert [group.tolist() for group in packed.micro_batches(lengths, 1)] == [[5], [1], [2], [3], [4], [0], [6]]
 
 
 def test_by_response_lays_tokens_out_in_rows_and_passes_gradients() -> None:
@@ -143,6 +143,6 @@ def test_evaluating_restores_each_submodules_mode() -> None:
     model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout())
     model.train()
     model[1].eval()
-    with forward.evaluating(model):
+    with trials.evaluating(model):
         assert not any(module.training for module in model.modules())
     assert [module.training for module in model.modules()] == [True, True, False]

@@ -244,16 +244,18 @@ def test_ppo_learns_the_same_with_shared_blocks_in_fewer_passes(
     runs, computed, lora = [], [], value.startswith("adapters")
     for share in (False, True):
         ppo = adapted(folders, value, share, checkpointing) if lora else ppo_of(share, value, checkpointing)
-        tokens = [0]
+        rows = [0]
 
-        def counting(_block: Any, _inputs: Any, hidden: Tensor, tokens: list[int] = tokens) -> None:
-            tokens[0] += hidden.shape[0] * (hidden.shape[1] > 1)  # rows, of passes that write no token
+        def counting(_block: Any, _: Any, named: Any, hidden: Tensor, rows: list[int] = rows) -> None:
+            lying = named.get("packed")  # end to end
+            count = sum(sequences for sequences, _ in lying.bands) if lying else hidden.shape[0]
+            rows[0] += count * (hidden.shape[1] > 1)  # of passes that write no token
 
         for model in {ppo.policy, ppo.reference, ppo.value.hf} - {None}:
-            model.base_model.layers[0].register_forward_hook(counting)
+            model.base_model.layers[0].register_forward_hook(counting, with_kwargs=True)
         tiny.fit(ppo, data(**TEXTS, epochs=2), tmp_path / str(share))
         runs.append(ppo)
-        computed.append(tokens[0])
+        computed.append(rows[0])
     apart, together = runs
     assert (together.frozen.hydra.depth, apart.frozen.hydra.depth) == (2, 0)
     if value == "adapters, 4bit":  # whose reward model is on the policy as well, but may reach further down
@@ -267,7 +269,13 @@ def test_ppo_learns_the_same_with_shared_blocks_in_fewer_passes(
     for (batch, metrics), (other_batch, other) in zip(apart.seen, together.seen, strict=True):
         assert torch.equal(batch.episodes.completions.ids, other_batch.episodes.completions.ids)
         for name in metrics.keys() - {name for name in metrics if name.startswith("speed/")}:
-            torch.testing.assert_close(metrics[name].float(), other[name].float(), rtol=1e-4, atol=1e-6, msg=name)
+            torch.testing.assert_close(
+                metrics[name].float(),
+                other[name].float(),
+                rtol=1e-4,
+                atol=1e-6,
+                msg=lambda text, name=name: f"{name}: {text}",
+            )
     assert float(together.seen[0][1]["policy/ratio_max"]) == 1.0
     assert float(together.seen[0][1]["rollout/kl"]) == 0.0 != float(together.seen[4][1]["rollout/kl"])
     ours, theirs = (dict(run.named_parameters()) for run in (together, apart))

@@ -10,6 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from align.models import deferred, forward, load, sharding
 from align.models.hydra import Hydra
+from align.models.packed import micro_batches
 from align.rollout.collect import token_passes
 
 
@@ -74,7 +75,8 @@ def test_each_model_is_gathered_once_and_freed_before_the_next(alone, monkeypatc
     with torch.no_grad(), sharding.gathered(policy):
         token_passes(
             tiny.completions([4, 3], [3, 5]), policy=policy, reference=reference, value=value, temperature=1.0,
-            minibatch=1, micro_batch_tokens=64, hydra=Hydra(policy), device=torch.device("cpu"),
+            minibatch=1, split=lambda lengths: micro_batches(lengths, 64), hydra=Hydra(policy),
+            device=torch.device("cpu"),
         )  # fmt: skip
         assert sharding.is_sharded(policy)
     assert counts == [1, 1, 1]

@@ -5,7 +5,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from align.models import forward, shared
+from align.models import forward, shared, trials
 from align.models.attention import use_attend
 from align.models.heads import ScalarModel
 from align.models.trunk import Head
@@ -65,7 +65,7 @@ def test_a_sequence_always_keeps_a_token_of_its_own() -> None:
 def test_scores_and_gradients_are_those_of_passes_apart(family: str, apart: bool) -> None:
     model = scalar(family).double()
     model.hf.double()
-    assert forward.shares_prompts(model.hf, torch.device("cpu"))
+    assert trials.shares_prompts(model.hf, torch.device("cpu"))
     ids, lengths = sequences()
     found = []
     for together in (True, False):
@@ -99,7 +99,7 @@ def test_a_model_that_cannot_is_asked_one_by_one(family: str) -> None:
     else:
         model = scalar("llama-tied")
         model.hf.config.sliding_window = 4
-    assert not forward.shares_prompts(model.hf, torch.device("cpu"))
+    assert not trials.shares_prompts(model.hf, torch.device("cpu"))
     module = RewardModule(model=model, tokenizer=tiny.tokenizer(), optim=Optim(lr=1e-3))
     ids, lengths = sequences()
     assert torch.equal(module.rewards(ids, lengths, PROMPTS), forward.final_scores(model, ids, lengths))
@@ -114,4 +114,4 @@ def test_a_wrong_position_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
         return plain(*arguments, **named)
 
     monkeypatch.setattr(model.hf.base_model, "forward", without)
-    assert not forward.shares_prompts(model.hf, torch.device("cpu"))
+    assert not trials.shares_prompts(model.hf, torch.device("cpu"))

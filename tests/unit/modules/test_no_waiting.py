@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from align.models import forward, hydra
+from align.models import forward, hydra, trials
 from align.models.attention import use_attend
 from align.models.trunk import Head
 from align.modules.base import AlignModule
@@ -96,7 +96,7 @@ def test_reward_model(share: bool) -> None:
     model = tiny.scalar_model(1)
     use_attend(model.hf)
     module = RewardModule(model=model, share_prompts=share, **common())
-    assert forward.shares_prompts(model.hf, torch.device("cpu"))
+    assert trials.shares_prompts(model.hf, torch.device("cpu"))
     learned(module, lambda: module.losses(RANKED))
 
 

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from align.data.comparisons import ComparisonData
-from align.models import forward
+from align.models import trials
 from align.models.attention import use_attend
 from align.modules.ranking import RankingMetrics
 from align.modules.reward import RewardModule, prompt_groups
@@ -57,7 +57,7 @@ def test_a_prompt_is_computed_once_for_the_same_gradient(budget: int) -> None:
     for share in (True, False):
         reward = module(budget, share_prompts=share)
         use_attend(reward.model.hf)
-        assert forward.shares_prompts(reward.model.hf, torch.device("cpu"))
+        assert trials.shares_prompts(reward.model.hf, torch.device("cpu"))
         seen: list[int] = []
         reward.model.hf.base_model.embed_tokens.register_forward_hook(
             lambda module, inputs, output, seen=seen: seen.append(inputs[0].numel())
@@ -163,6 +163,6 @@ def test_equal_rewards_are_half_right() -> None:
 
 def test_scores_do_not_depend_on_the_other_rows() -> None:
     reward, text = module(), batch()
-    with torch.no_grad(), forward.evaluating(reward):
+    with torch.no_grad(), trials.evaluating(reward):
         together = reward.rewards(text.ids, text.lengths)
         torch.testing.assert_close(together, rewards_alone(reward, text), rtol=1e-4, atol=1e-5)

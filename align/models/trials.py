@@ -1,0 +1,136 @@
+"""What a model can do, tried out once a model: sequences end to end or behind one prompt, logits from hidden states.
+
+A model that cannot, or is not sure to, gets its sequences as transformers expects them.
+"""
+
+import contextlib
+import weakref
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from align.models import compiled, sharding, shared
+from align.models.attention import causal, looks_all_the_way
+from align.models.packed import Packed, pack, padded
+from align.models.shared import SharedPrompts
+from align.types import sent
+
+ROUNDING = 0.05
+"""Of the largest hidden state: more than bfloat16 rounds, and far less than a wrong position or mask changes."""
+
+_packing: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+
+_sharing: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+
+_plain_heads: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def evaluating(*models: nn.Module) -> Iterator[None]:
+    """The models in evaluation mode inside the block, each submodule's own mode restored after it."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def packs(device: torch.device, *models: PreTrainedModel) -> bool:
+    """Whether models compute the same where sequences lie end to end, and shall (`padded`): tried out once a model.
+
+    Not where attention looks only so far back, or is not ours (`align.models.attention`).
+    """
+    for model in models:
+        if model not in _packing:
+            _packing[model] = looks_all_the_way(model) and _packs(model, device)
+    return all(_packing[model] and model not in padded for model in models)
+
+
+def _packs(model: PreTrainedModel, device: torch.device) -> bool:
+    ids = torch.tensor([[1, 2, 3, 0, 0], [1, 2, 0, 3, 1], [2, 3, 1, 0, 0]], device=device)
+    lengths = torch.tensor([3, 5, 4])
+    places = (torch.arange(5) < lengths[:, None]).flatten().nonzero()[:, 0]
+    with torch.no_grad(), evaluating(model), sharding.gathered(model), compiled.off():
+        apart = sharding.run(model, hidden, ids).flatten(0, 1)[places].float()
+        laid_out = pack(lengths, ids.shape[1])
+        try:
+            together = sharding.run(model, _packed_hidden, ids, sent(laid_out, device))[laid_out.find(places)].float()
+        except (TypeError, ValueError, RuntimeError):  # it takes no such arguments, or not in this form
+            return False
+    return bool((together - apart).abs().max() <= ROUNDING * apart.abs().max())
+
+
+def shares_prompts(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether a model computes the same where sequences share their prompt: tried out once a model.
+
+    Not where attention looks only so far back, or is not ours (`align.models.attention`).
+    """
+    if model not in _sharing:
+        _sharing[model] = looks_all_the_way(model) and _shares(model, device)
+    return _sharing[model]
+
+
+def _shares(model: PreTrainedModel, device: torch.device) -> bool:
+    ids = torch.tensor([[1, 2, 3, 0, 0], [1, 2, 0, 3, 1], [2, 3, 1, 0, 0]], device=device)
+    lengths, prompts = torch.tensor([3, 5, 4], device=device), torch.tensor([0, 0, 1], device=device)
+    laid_out = shared.share(ids, lengths, prompts, apart=True)
+    with torch.no_grad(), evaluating(model), sharding.gathered(model), compiled.off():
+        apart = sharding.run(model, hidden, ids)[torch.arange(3, device=device), lengths - 1].float()
+        try:
+            together = sharding.run(model, shared_hidden, laid_out)[laid_out.last].float()
+        except (TypeError, ValueError, RuntimeError):  # it takes no such arguments, or not in this form
+            return False
+    return bool((together - apart).abs().max() <= ROUNDING * apart.abs().max())
+
+
+def has_plain_head(model: PreTrainedModel, device: torch.device) -> bool:
+    """Whether the model's logits are its output embedding applied to its last hidden state and nothing more.
+
+    Some families scale or cap the logits afterwards (Gemma 2, Cohere, Granite). One tiny pass tells, once a model;
+    such models are asked for their logits whole, which costs memory and stays right.
+    """
+    if model not in _plain_heads:
+        with torch.no_grad(), evaluating(model), sharding.gathered(model), compiled.off():
+            _plain_heads[model] = sharding.run(model, _head_is_plain, torch.arange(2, device=device)[None])
+    return _plain_heads[model]
+
+
+def _head_is_plain(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> bool:
+    hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+    return torch.equal(unembedding(model)(hidden), model.forward(input_ids=ids, use_cache=False).logits)
+
+
+def hidden(model: PreTrainedModel, ids: Int[Tensor, "batch time"]) -> Float[Tensor, "batch time d"]:
+    """The last hidden states of a right-padded batch."""
+    with causal(model):
+        return model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+
+
+def _packed_hidden(
+    model: PreTrainedModel, ids: Int[Tensor, "batch time"], laid_out: Packed
+) -> Float[Tensor, "tokens d"]:
+    with causal(model):
+        return model.base_model(**laid_out.arguments(ids), use_cache=False).last_hidden_state[0]
+
+
+def shared_hidden(model: PreTrainedModel, laid_out: SharedPrompts) -> Float[Tensor, "tokens d"]:
+    """The last hidden states of sequences that share their prompts."""
+    # A mask of four axes is taken as it is by transformers, which would make one of all tokens by all tokens.
+    none = torch.zeros((1, 1, 1, 1), device=laid_out.ids.device)
+    out = model.base_model(
+        input_ids=laid_out.ids, position_ids=laid_out.positions, attention_mask=none, use_cache=False, shared=laid_out
+    )
+    return out.last_hidden_state[0]
+
+
+def unembedding(model: PreTrainedModel) -> nn.Module:
+    """The output embedding of a language model."""
+    head = model.get_output_embeddings()
+    assert isinstance(head, nn.Module), f"{type(model).__name__} is no language model"
+    return head
