@@ -3,15 +3,22 @@
 Each stage is a command a user could type; this file only knows their order, times them, and stops at the first that
 fails. PPO-ptx and plain PPO do not depend on each other and run side by side, each on half of the processor's cores.
 What was killed goes on when it is started again: with the stage it was in, and in that stage from its last checkpoint.
+
+A command takes some seconds to import what it needs. On Linux that is done once, and each runs in a process forked from
+this one.
 """
 
 import argparse
+import atexit
+import gc
+import importlib
+import multiprocessing
 import os
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +29,12 @@ EVALUATE = "align.evaluate"
 
 PROGRESS = Path("runs/quickstart.txt")
 """The number of the stage that has been begun and not ended."""
+
+FORKS = sys.platform == "linux"
+"""Elsewhere libraries that are loaded already may not survive a fork."""
+
+NEEDED = ("align.fit", "align.sample", "align.evaluate", "transformers.models.llama.modeling_llama", "wandb")
+"""What most stages import. None of it starts threads, which a fork would not take along."""
 
 PLAIN_PPO = ("run_dir=runs/ppo", "module.ppo.ptx_coef=0", "data.pretraining_batch=0")
 
@@ -96,23 +109,66 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(commands: tuple[Command, ...], *, overwrite: bool) -> int:
     """Runs the commands side by side; the first exit code that is not 0, else 0."""
     threads = max(1, (os.cpu_count() or 1) // len(commands))
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-    running = []
+    waits = []
     for command in commands:
         words = list(command.words)
         if words[0] == EVALUATE or (overwrite and words[0] == FIT):
             words.append("overwrite=true")
         shown = shlex.join(("python", "-m", *words))
         print(f"$ {shown}" + (f" > {command.log}" if command.log else ""), flush=True)
-        words = [sys.executable, "-m", *words]
-        if command.log is None:
-            running.append(subprocess.Popen(words, env=environment))
-        else:
+        if command.log is not None:
             Path(command.log).parent.mkdir(parents=True, exist_ok=True)
-            with open(command.log, "w", encoding="utf-8") as log:
-                running.append(subprocess.Popen(words, env=environment, stdout=log, stderr=subprocess.STDOUT))
-    codes = [process.wait() for process in running]
+            Path(command.log).write_bytes(b"")
+        waits.append((_forked if FORKS else _started)(words, threads, command.log))
+    codes = [wait() for wait in waits]
     return next((code for code in codes if code), 0)
+
+
+def _started(words: Sequence[str], threads: int, log: str | None) -> Callable[[], int]:
+    """Starts a command in a new process; what is returned waits for it and gives its exit code."""
+    environment = {**os.environ, **_settings(threads)}
+    out = os.open(log, os.O_WRONLY) if log is not None else None
+    process = subprocess.Popen([sys.executable, "-m", *words], env=environment, stdout=out, stderr=out)
+    if out is not None:
+        os.close(out)
+    return process.wait
+
+
+def _forked(words: Sequence[str], threads: int, log: str | None) -> Callable[[], int]:
+    """The same in a fork of this process, which imports for all."""
+    for name in NEEDED:
+        importlib.import_module(name)
+    gc.freeze()
+    process = multiprocessing.get_context("fork").Process(target=_become, args=(words, threads, log))
+    process.start()
+
+    def wait() -> int:
+        process.join()
+        assert process.exitcode is not None
+        return process.exitcode
+
+    return wait
+
+
+def _become(words: Sequence[str], threads: int, log: str | None) -> None:
+    """Runs a command as if this process had been started for it."""
+    import torch
+
+    os.environ.update(_settings(threads))
+    torch.set_num_threads(threads)  # it has read the environment when it was imported
+    if log is not None:
+        sys.stdout = sys.stderr = os.fdopen(os.open(log, os.O_WRONLY), "w", buffering=1, encoding="utf-8")
+        for standard in (1, 2):  # what is not Python's, and processes that the command starts
+            os.dup2(sys.stdout.fileno(), standard)
+    sys.argv = list(words)
+    try:
+        sys.exit(importlib.import_module(words[0]).main())
+    finally:
+        atexit._run_exitfuncs()  # multiprocessing leaves them out
+
+
+def _settings(threads: int) -> dict[str, str]:
+    return {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
 
 
 def _clock(seconds: float) -> str:
