@@ -1,5 +1,6 @@
 """The order of the quickstart's stages: what was stopped goes on where it was."""
 
+import atexit
 import sys
 from pathlib import Path
 
@@ -76,6 +77,8 @@ def test_a_command_has_its_own_log_threads_and_end(tmp_path: Path, monkeypatch: 
         "if __name__ == '__main__':\n"
         "    sys.exit(main())\n"
     )
+    cleaned = tmp_path / "cleaned"
+    atexit.register(cleaned.touch)  # of this process, not of those it forks
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(quickstart.os, "cpu_count", lambda: 2)
@@ -86,3 +89,5 @@ def test_a_command_has_its_own_log_threads_and_end(tmp_path: Path, monkeypatch: 
         assert sorted(log.read_text().splitlines()) == sorted([f"['{log.name}'] 1 1", "mistake", "end"])
     assert quickstart._run(commands[:1], overwrite=True) == 3
     assert sorted(logs[0].read_text().splitlines()) == sorted(["['one'] 2 2", "mistake", "end"])
+    atexit.unregister(cleaned.touch)
+    assert not cleaned.exists()

@@ -154,6 +154,7 @@ def _become(words: Sequence[str], threads: int, log: str | None) -> None:
     """Runs a command as if this process had been started for it."""
     import torch
 
+    atexit._clear()  # what was imported before the fork is not this process's to clean up
     os.environ.update(_settings(threads))
     torch.set_num_threads(threads)  # it has read the environment when it was imported
     if log is not None:
