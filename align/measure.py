@@ -22,7 +22,7 @@ from align.data.comparisons import ComparisonData
 from align.data.sources import Source, origin, read
 from align.data.templates import Piece, tokenize
 from align.formulas.losses import preference_pairs
-from align.models import forward, packed, trials
+from align.models import forward, trials
 from align.models.heads import ScalarModel
 from align.modules.ranking import RankingMetrics
 from align.schema import TARGET
@@ -161,8 +161,7 @@ def summed_logprobs(
 ) -> Float[Tensor, " batch"]:
     """Σ log π of each sequence's tokens where the mask is True, at temperature 1, in nats."""
     sums = torch.zeros(len(ids))
-    packs = trials.packs(model.device, model)
-    for group in packed.micro_batches(lengths, micro_batch_tokens, packs=packs):
+    for group in trials.micro_batches(lengths, micro_batch_tokens, model.device, model):
         part_ids, part_mask = (forward.fitted(columns[group], lengths[group]) for columns in (ids, mask))
         flat = forward.token_logprobs(model, part_ids.to(model.device), part_mask)
         sums[group] = forward.by_response(flat, part_mask).sum(1).cpu()
@@ -180,7 +179,7 @@ def sequence_rewards(
 ) -> Float[Tensor, " batch"]:
     """The reward of each sequence, read at its last token."""
     rewards, device = torch.zeros(len(ids)), reward.hf.device
-    for group in packed.micro_batches(lengths, micro_batch_tokens, packs=trials.packs(device, reward.hf)):
+    for group in trials.micro_batches(lengths, micro_batch_tokens, device, reward.hf):
         part = forward.fitted(ids[group], lengths[group]).to(device)
         rewards[group] = forward.final_scores(reward, part, lengths[group]).cpu()
         advance(len(group))

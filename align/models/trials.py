@@ -15,11 +15,18 @@ from transformers import PreTrainedModel
 from align.models import compiled, sharding, shared
 from align.models.attention import causal, looks_all_the_way
 from align.models.packed import Packed, pack, padded
+from align.models.packed import micro_batches as packed_batches
 from align.models.shared import SharedPrompts
 from align.types import sent
 
 ROUNDING = 0.05
 """Of the largest hidden state: more than bfloat16 rounds, and far less than a wrong position or mask changes."""
+
+CACHED_NUMBERS = 2**19
+"""Numbers of the hidden states that a CPU's caches hold with what is made of them: a fact of size, not of a machine."""
+
+CACHED_TOKENS = 2048
+"""Tokens from which on the products of wide models gain nothing."""
 
 _packing: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
@@ -50,6 +57,20 @@ def packs(device: torch.device, *models: PreTrainedModel) -> bool:
         if model not in _packing:
             _packing[model] = looks_all_the_way(model) and _packs(model, device)
     return all(_packing[model] and model not in padded for model in models)
+
+
+def micro_batches(
+    lengths: Int[Tensor, " batch"], budget: int, device: torch.device, *models: PreTrainedModel
+) -> list[Int[Tensor, " picked"]]:
+    """Which rows of a batch these models compute at once on a device; see `packed.micro_batches`.
+
+    On a CPU, fewer sequences lie end to end than the budget allows where more would not stay in its caches.
+    """
+    together = packs(device, *models)
+    if together and device.type == "cpu":
+        widest = max(model.config.get_text_config().hidden_size for model in models)
+        budget = min(budget, max(CACHED_TOKENS, CACHED_NUMBERS // widest))
+    return packed_batches(lengths, budget, packs=together)
 
 
 def _packs(model: PreTrainedModel, device: torch.device) -> bool:

@@ -122,7 +122,7 @@ class AlignModule(L.LightningModule, ABC):
 
     def micro_batches(self, lengths: Int[Tensor, " batch"], *models: PreTrainedModel) -> list[Int[Tensor, " picked"]]:
         """Which rows of a batch, of sequences so long, these models compute at once; see `packed.micro_batches`."""
-        return packed.micro_batches(lengths, self.micro_batch_tokens, packs=trials.packs(self.device, *models))
+        return trials.micro_batches(lengths, self.micro_batch_tokens, self.device, *models)
 
     def parts(self, batch: AnyRecord, groups: Sequence[Int[Tensor, " _"]]) -> Iterator[AnyRecord]:
         """The groups of a batch's rows, one after another.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.formulas.masked import masked_mean
-from align.models import adapters, forward, packed, sharding, trials
+from align.models import adapters, forward, sharding, trials
 from align.models.heads import ScalarModel
 from align.models.hydra import Below, Hydra, below
 from align.models.packed import Packed
@@ -230,8 +230,7 @@ def reward_scores(
     reward: ScalarModel, completions: Completions, micro_batch_tokens: int, device: torch.device
 ) -> Float[Tensor, " batch"]:
     """The reward model's score of each whole response, EOS included. Arguments: see `token_passes`, `AlignModule`."""
-    packs = trials.packs(device, reward.hf)
-    found, groups = [], packed.micro_batches(completions.lengths, micro_batch_tokens, packs=packs)
+    found, groups = [], trials.micro_batches(completions.lengths, micro_batch_tokens, device, reward.hf)
     with sharding.gathered(reward.hf), reward.in_use():
         for part in (completions.rows_at(group) for group in groups):
             ids = forward.fitted(part.ids, part.lengths)

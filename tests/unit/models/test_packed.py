@@ -243,3 +243,15 @@ def test_a_module_trains_the_same_with_and_without(tmp_path: Path) -> None:
     for name, weight in found[0].items():
         torch.testing.assert_close(weight, found[1][name], rtol=1e-4, atol=2e-5, msg=name)
     assert passes[0] < 0.95 * passes[1]
+
+
+@pytest.mark.parametrize(("hidden", "most"), [(32, 16384), (512, 2048)])
+def test_on_a_cpu_micro_batches_stay_in_its_caches(hidden: int, most: int) -> None:
+    model = tiny.llama(hidden_size=hidden, num_attention_heads=8, num_key_value_heads=8).eval()
+    use_attend(model)
+    sequences = torch.full((400,), 100)
+    sizes = [100 * len(group) for group in trials.micro_batches(sequences, 10**6, CPU, model)]
+    assert sum(sizes) == 40_000 and most - 200 < max(sizes) <= most
+    assert max(100 * len(group) for group in trials.micro_batches(sequences, 1000, CPU, model)) == 900
+    packed.padded.add(model)
+    assert len(trials.micro_batches(sequences, 10**6, CPU, model)) == 1
