@@ -45,14 +45,14 @@ class Packed:
         """Which of the tokens are those at places of the flattened batch."""
         found = torch.empty(int(self.places.max()) + 1, dtype=torch.long)
         found[self.places] = torch.arange(len(self.places))
-        return found[places]
+        return found[places.cpu()]
 
 
 def pack(lengths: Int[Tensor, " batch"], time: int) -> Packed:
     """Lays the first tokens of right-padded sequences end to end.
 
     Args:
-        lengths: How many tokens of each sequence are needed; in host memory.
+        lengths: How many tokens of each sequence are needed.
         time: Tokens of a row, padding included.
     """
     bands, places, positions = bands_of(lengths), [], []
@@ -68,6 +68,7 @@ def bands_of(lengths: Int[Tensor, " batch"]) -> list[tuple[Int[Tensor, " picked"
 
     Long ones first. A row of no tokens has one.
     """
+    lengths = lengths.cpu()
     order = torch.argsort(lengths, descending=True, stable=True)
     sizes = lengths[order].clamp_min(1).tolist()
     cheapest: list[tuple[int, int]] = [(0, 0)]  # of the first rows: the least cost, and where the last band starts
