@@ -77,6 +77,15 @@ def test_micro_batches_are_few_and_within_the_budget(budget: int) -> None:
         assert len(groups) == 3 < len(packed.micro_batches(sequences, budget)) and int(sequences.sum()) > 2 * 800
 
 
+def test_bands_count_within_the_budget() -> None:
+    """Two sequences of 40 and 25 tokens fit into 65 as two bands, but alone they would be one, of 80."""
+    sequences = torch.tensor([40, 25, 25, 25, 25])
+    groups = packed.micro_batches(sequences, 65, packs=True)
+    assert [group.tolist() for group in groups] == [[0], [1], [2], [3], [4]]
+    assert packed.pack(sequences[:2], 40).bands == ((2, 40),)
+    assert [len(group) for group in packed.micro_batches(sequences, 66, packs=True)] == [1, 2, 2]
+
+
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
