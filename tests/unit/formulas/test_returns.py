@@ -8,11 +8,13 @@ from torch import Tensor, tensor
 from torch.testing import assert_close
 
 from align.formulas.returns import (
+    MISSING_EOS,
     adaptive_kl,
     generalized_advantages,
     kl_k1,
     kl_k2,
     kl_k3,
+    missing_eos_keep,
     missing_eos_replace,
     missing_eos_subtract,
     token_rewards,
@@ -89,6 +91,9 @@ def test_missing_eos() -> None:
     scores, finished = tensor([0.5, 0.7]), tensor([True, False])
     assert_close(missing_eos_replace(scores, finished, -1), tensor([0.5, -1.0]))
     assert_close(missing_eos_subtract(scores, finished, 0.3), tensor([0.5, 0.4]))
+    assert_close(missing_eos_keep(scores, finished, 0.3), tensor([0.5, 0.7]))
+    by_name = [MISSING_EOS[name](scores, finished, 0.3)[1] for name in ("keep", "replace", "subtract")]
+    assert_close(torch.stack(by_name), tensor([0.7, 0.3, 0.4]))
 
 
 def test_gae() -> None:
