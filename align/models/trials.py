@@ -23,10 +23,11 @@ ROUNDING = 0.05
 """Of the largest hidden state: more than bfloat16 rounds, and far less than a wrong position or mask changes."""
 
 CACHED_NUMBERS = 2**19
-"""Numbers of the hidden states that a CPU's caches hold with what is made of them: a fact of size, not of a machine."""
+"""Numbers of hidden states that a CPU computes at once at most: a model of 256 hidden units was slower with four
+times as many tokens (docs/performance.md), presumably since its caches no longer held what is made of them."""
 
 CACHED_TOKENS = 2048
-"""Tokens from which on the products of wide models gain nothing."""
+"""As many tokens may come at once in any case: wider models need them for large products."""
 
 _packing: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
@@ -64,7 +65,7 @@ def micro_batches(
 ) -> list[Int[Tensor, " picked"]]:
     """Which rows of a batch these models compute at once on a device; see `packed.micro_batches`.
 
-    On a CPU, fewer sequences lie end to end than the budget allows where more would not stay in its caches.
+    On a CPU, fewer sequences lie end to end than the budget may allow: see `CACHED_NUMBERS`.
     """
     together = packs(device, *models)
     if together and device.type == "cpu":

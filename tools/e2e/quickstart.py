@@ -34,7 +34,7 @@ FORKS = sys.platform == "linux"
 """Elsewhere libraries that are loaded already may not survive a fork."""
 
 NEEDED = ("align.fit", "align.sample", "align.evaluate", "transformers.models.llama.modeling_llama", "wandb")
-"""What most stages import. None of it starts threads, which a fork would not take along."""
+"""What most stages import. No threads come of it but those of NumPy's OpenBLAS, which sees to forks itself."""
 
 PLAIN_PPO = ("run_dir=runs/ppo", "module.ppo.ptx_coef=0", "data.pretraining_batch=0")
 
