@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from align.precision import fastest
+from align.precision import fastest, multiplies_bfloat16
 
 
 @pytest.mark.parametrize(("able", "expected"), [(True, "bf16-mixed"), (False, "32-true")])
@@ -17,3 +17,14 @@ def test_a_gpu_gets_bfloat16_where_it_multiplies_it(monkeypatch: pytest.MonkeyPa
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a machine without a GPU")
 def test_everything_else_gets_float32() -> None:
     assert fastest("auto") == fastest("cpu") == fastest("mps") == "32-true"
+
+
+@pytest.mark.parametrize("able", [True, False])
+def test_torch_says_whether_a_cpu_has_matrix_units(monkeypatch: pytest.MonkeyPatch, able: bool) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: able, raising=False)
+    assert multiplies_bfloat16() is able
+
+
+def test_a_torch_that_does_not_tell_has_no_matrix_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(torch.cpu, "_is_amx_tile_supported", raising=False)
+    assert multiplies_bfloat16() is False
