@@ -19,8 +19,9 @@ from rich.console import Console
 from transformers import logging
 
 from align.atomic import write_text
+from align.precision import multiplies_bfloat16
 from tools.benchmark import growth, measure, page, pictures, work
-from tools.benchmark.kinds import ALL, GROWTH, KINDS, OURS, PLAIN, SCALING, TRL
+from tools.benchmark.kinds import ALL, BFLOAT16, FLOAT32, GROWTH, KINDS, OURS, PLAIN, PRECISIONS, SCALING, TRL
 from tools.benchmark.protocol import ROOT, BenchmarkError
 
 OUT = Path("docs")
@@ -37,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         only = _names("--only", options.only, ALL)
         families = _names("--against", options.against, (PLAIN, TRL))
-        found = _read(options.out) if options.report_only else _measured(options, only, families)
+        precisions = _names("--precision", options.precision, PRECISIONS)
+        found = _read(options.out) if options.report_only else _measured(options, only, families, precisions)
         page.write(options.out / "performance.md", found)
     except BenchmarkError as error:
         console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
@@ -58,6 +60,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--only", default=",".join(ALL), help=f"what to measure, of {','.join(ALL)}")
     parser.add_argument("--against", default=f"{PLAIN},{TRL}", help=f"whom to compare with, of {PLAIN},{TRL}")
+    fast = PRECISIONS if multiplies_bfloat16() else (FLOAT32,)
+    parser.add_argument(
+        "--precision",
+        default=",".join(fast),
+        help=f"of {','.join(PRECISIONS)} (default: {FLOAT32}, and {BFLOAT16} on a CPU with matrix units for it)",
+    )
     parser.add_argument("--turns", type=_positive, help="turns of each contender that count (default: 5, of PPO 3)")
     parser.add_argument(
         "--threads", type=_positive, default=growth.cores(), help="of each contender (default: all cores)"
@@ -70,7 +78,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _measured(options: argparse.Namespace, only: list[str], families: list[str]) -> dict[str, Any]:
+def _measured(
+    options: argparse.Namespace, only: list[str], families: list[str], precisions: list[str]
+) -> dict[str, Any]:
     """Measures, and writes performance.json after every kind of work."""
     out, runs = options.out, options.runs.absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -83,8 +93,9 @@ def _measured(options: argparse.Namespace, only: list[str], families: list[str])
             threads=options.threads,
             turns=options.turns,
             families=(OURS, *families),
+            precisions=precisions,
         )
-        made = _made(options)
+        made = _made(options, precisions)
         found: dict[str, Any] = {"made": made, "kinds": {}, "failed": {}, "limits": {}, **kept(out, made, only)}
         bench = stack.enter_context(closing(measure.bench(setup)))
         for name in only:
@@ -96,7 +107,7 @@ def _measured(options: argparse.Namespace, only: list[str], families: list[str])
                     found[name] = {GROWTH: growth.grow, SCALING: growth.scale}[name](setup, status.update)
             except BenchmarkError as error:
                 found["failed"][name] = str(error)
-            for what, rates in measure.limits(bench).items():
+            for what, rates in measure.limits(setup, bench).items():
                 found["limits"].setdefault(what, []).extend(rates)
             _say_what_is_missing(name, found)
             write_text(out / "performance.json", json.dumps(found, indent=1) + "\n")
@@ -105,14 +116,17 @@ def _measured(options: argparse.Namespace, only: list[str], families: list[str])
 
 
 def kept(out: Path, made: dict[str, Any], only: Sequence[str]) -> dict[str, Any]:
-    """What an earlier run in the same folder measured on the same machine, at the same size, and this one will not.
+    """What an earlier run in the same folder measured alike on the same machine, and this one will not.
+
+    Alike: with models of the same size, as many threads, and in the same precisions.
 
     Returns:
         Results by kind of work, and under "earlier" when and of which commit they are.
     """
     path = out / "performance.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"made": {}, "kinds": {}}
-    if any(before["made"].get(name) != made[name] for name in ("cpu", "cores", "threads", "size")):
+    earlier = {"precisions": [FLOAT32], **before["made"]}  # results that do not say it were all in float32
+    if any(earlier.get(name) != made[name] for name in ("cpu", "cores", "threads", "size", "precisions")):
         return {}
     own = {name: kind for name, kind in before["kinds"].items() if name not in only}
     others = {name: before[name] for name in (GROWTH, SCALING) if name in before and name not in only}
@@ -131,7 +145,7 @@ def _say_what_is_missing(name: str, found: dict[str, Any]) -> None:
         )
 
 
-def _made(options: argparse.Namespace) -> dict[str, Any]:
+def _made(options: argparse.Namespace, precisions: list[str]) -> dict[str, Any]:
     """When, where and with what."""
     return {
         "date": datetime.date.today().isoformat(),
@@ -140,6 +154,7 @@ def _made(options: argparse.Namespace) -> dict[str, Any]:
         "cores": growth.cores(),
         "threads": options.threads,
         "size": options.size,
+        "precisions": precisions,
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in PACKAGES},
     }

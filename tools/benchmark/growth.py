@@ -6,12 +6,13 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from tools.benchmark.kinds import GROWTH
+from align.precision import multiplies_bfloat16
+from tools.benchmark.kinds import BFLOAT16, FLOAT32, GROWTH, TRAINERS
 from tools.benchmark.measure import Say, Setup
 from tools.benchmark.protocol import ROOT, BenchmarkError, environment, tail
 from tools.benchmark.work import LEARNING_RATE, Size
@@ -48,24 +49,32 @@ def axes(size: Size) -> Points:
 
 
 def grow(setup: Setup, say: Say) -> dict[str, Any]:
-    """Axis -> `sizes`, and the rates in tokens a second of every turn at each of them."""
-    points = axes(setup.work.size)
+    """Axis -> `precision`, `sizes`, and the rates in tokens a second of every turn at each of them."""
+    points, precision = axes(setup.work.size), fastest(setup.precisions)
     found = {axis: {size: [] for size in own} for axis, own in points.items()}
     with closing(setup.worker(GROWTH)) as worker:
-        setup.prepare(worker, "ours", GROWTH, "")
+        setup.prepare(worker, "ours", GROWTH, "", precision)
         worker.receive()
         for number in range(setup.turns or ROUNDS):
             for axis, own in points.items():
                 for size, arguments in own.items():
                     say(f"growth, round {number + 1}: {axis} {size}")
                     found[axis][size].append(worker.turn(**arguments).rate)
-    return {axis: {"sizes": list(own), "rates": list(own.values())} for axis, own in found.items()}
+    return {
+        axis: {"precision": precision, "sizes": list(own), "rates": list(own.values())} for axis, own in found.items()
+    }
 
 
-def scale(setup: Setup, say: Say) -> dict[str, list[float]]:
+def fastest(precisions: Collection[str]) -> str:
+    """The one of these precisions in which this CPU is expected to be the fastest."""
+    wanted = BFLOAT16 if multiplies_bfloat16() else FLOAT32
+    return wanted if wanted in precisions else next(iter(precisions))
+
+
+def scale(setup: Setup, say: Say) -> dict[str, Any]:
     """Processes -> tokens a second of every optimizer step but the first of `python -m align.fit`, a thread each.
 
-    Runs of one and of two processes learn from the same batches, and take turns.
+    And `precision`. Runs of one and of two processes learn from the same batches, and take turns.
 
     Raises:
         BenchmarkError: A run has failed.
@@ -78,7 +87,7 @@ def scale(setup: Setup, say: Say) -> dict[str, list[float]]:
         for processes, rates in found.items():
             say(f"scaling, run {number + 1}: {processes} process{'es' if processes != '1' else ''}")
             rates += _speeds(folder, processes, setup.logs / f"scaling-{processes}.log")
-    return found
+    return {"precision": fastest(setup.precisions), **found}
 
 
 def _speeds(folder: Path, processes: str, log: Path) -> list[float]:
@@ -117,7 +126,10 @@ def _write_config(folder: Path, setup: Setup) -> None:
             "model": {"_target_": "align.models.load.load_causal_lm", "path": setup.work.policy},
             "optim": {"_target_": "align.optim.Optim", "lr": LEARNING_RATE},
         },
-        "trainer": {"accelerator": "cpu", "max_epochs": SCALED_EPOCHS, "log_every_n_steps": 1},
+        "trainer": {
+            "accelerator": "cpu", "precision": TRAINERS[fastest(setup.precisions)], "max_epochs": SCALED_EPOCHS,
+            "log_every_n_steps": 1,
+        },
         "loggers": {"wandb": False},
     }  # fmt: skip
     (folder / "sft.yaml").write_text(json.dumps(config, indent=2), encoding="utf-8")

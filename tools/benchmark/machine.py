@@ -7,9 +7,11 @@ import time
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
+from tools.benchmark.kinds import BFLOAT16, FLOAT32
 from tools.benchmark.protocol import Turn
-from tools.benchmark.work import Work
+from tools.benchmark.work import Size, Work
 
 ROWS = 2048
 """Tokens of a product."""
@@ -24,17 +26,21 @@ BLOCKS, HEAD, COPY = "blocks", "head", "copy"
 """What can be measured: tokens times a matrix of the blocks; times the output matrix; a copy."""
 
 
-def prepare(kind: str, setting: str, work: Work) -> Callable[..., Turn]:
-    """Makes the matrices; the result measures `what` it is asked for: `BLOCKS`, `HEAD` or `COPY`.
+def products(precision: str) -> dict[str, str]:
+    """`BLOCKS` and `HEAD`, and the name of each one's product in a precision."""
+    return {shape: shape if precision == FLOAT32 else f"{shape}, {precision}" for shape in (BLOCKS, HEAD)}
+
+
+def prepare(kind: str, setting: str, work: Work, precision: str) -> Callable[..., Turn]:
+    """Makes the matrices; the result measures `what` it is asked for: a name of `products`, or `COPY`.
 
     Args:
         kind: The work whose limit it is; its shapes are those of all.
         setting: There is only one.
         work: The common work.
+        precision: Of no account: `what` says which.
     """
-    size = work.size
-    tokens = torch.randn(ROWS, size.hidden)
-    weights = {BLOCKS: torch.randn(size.hidden, size.inner), HEAD: torch.randn(size.hidden, size.vocab)}
+    factors = {**_factors(work.size, FLOAT32), **_factors(work.size, BFLOAT16)}
     source = torch.ones(COPIED // 4)
     target = torch.empty_like(source)
 
@@ -42,11 +48,20 @@ def prepare(kind: str, setting: str, work: Work) -> Callable[..., Turn]:
         """Units are floating-point operations; of a copy, bytes read and written."""
         if what == COPY:
             return repeated(lambda: target.copy_(source), 2 * COPIED)
-        matrix = weights[what]
-        out = torch.empty(ROWS, matrix.shape[1])
+        tokens, matrix = factors[what]
+        out = torch.empty(ROWS, matrix.shape[1], dtype=matrix.dtype)
         return repeated(lambda: torch.mm(tokens, matrix, out=out), 2 * ROWS * matrix.numel())
 
     return turn
+
+
+def _factors(size: Size, precision: str) -> dict[str, tuple[Tensor, Tensor]]:
+    """Tokens and a matrix for each product in a precision."""
+    widths, dtype = {BLOCKS: size.inner, HEAD: size.vocab}, getattr(torch, precision)
+    return {
+        name: (torch.randn(ROWS, size.hidden, dtype=dtype), torch.randn(size.hidden, widths[shape], dtype=dtype))
+        for shape, name in products(precision).items()
+    }
 
 
 def repeated(work: Callable[[], object], units: int, seconds: float = SECONDS) -> Turn:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from tools.benchmark import flops, machine, venvs
-from tools.benchmark.kinds import Contender, Kind
+from tools.benchmark.kinds import FLOAT32, Contender, Kind
 from tools.benchmark.protocol import BenchmarkError, Worker
 from tools.benchmark.work import Work
 
 LONG = 10.0
 """Seconds of a first turn that say enough of a setting; after a shorter one, a second turn decides."""
 
-LIMITS = (machine.BLOCKS, machine.HEAD)
 LIMIT_TURNS = 2
 
 Say = Callable[[str], None]
@@ -32,6 +31,7 @@ class Setup:
         threads: Of each worker.
         turns: Instead of a kind's own number.
         families: Of contenders that take part.
+        precisions: Likewise.
     """
 
     work: Work
@@ -40,12 +40,22 @@ class Setup:
     threads: int
     turns: int | None
     families: Collection[str]
+    precisions: Collection[str]
 
     def worker(self, name: str, interpreter: str | Path = sys.executable) -> Worker:
         """Starts one; its log bears the name."""
         return Worker(interpreter, self.logs / f"{name.replace(' ', '-').replace(',', '')}.log", self.threads)
 
-    def prepare(self, worker: Worker, module: str, kind: str, setting: str) -> None:
+    @property
+    def products(self) -> list[str]:
+        """Names of the products of matrices whose speed is the machine's limit, in all precisions."""
+        return [name for precision in self.precisions for name in machine.products(precision).values()]
+
+    def taking_part(self, kind: Kind) -> list[Contender]:
+        """Whom of a kind's contenders this run has."""
+        return [item for item in kind.contenders if item.family in self.families and item.precision in self.precisions]
+
+    def prepare(self, worker: Worker, module: str, kind: str, setting: str, precision: str = FLOAT32) -> None:
         """Asks for preparation; `worker.receive` waits until it is done."""
         worker.send(
             do="prepare",
@@ -53,6 +63,7 @@ class Setup:
             kind=kind,
             setting=setting,
             work=str(self.work.folder),
+            precision=precision,
             threads=self.threads,
         )
 
@@ -68,29 +79,26 @@ def compare(name: str, kind: Kind, setup: Setup, bench: Worker, say: Say) -> dic
         say: Is told what happens.
 
     Returns:
-        `contenders`: name -> setting, turns, bytes of memory before (`base`) and at most (`peak`), versions, what was
-        found of each setting that was tried, and operations that one turn needs (`flops`). `left_out`: name -> why.
-        `limits`: operations a second of products of matrices, one number a turn.
+        `contenders`: name -> precision, setting, turns, bytes of memory before (`base`) and at most (`peak`), versions,
+        what was found of each setting that was tried, and operations that one turn needs (`flops`). `left_out`: name ->
+        why. `limits`: operations a second of products of matrices, one number a turn.
 
     Raises:
-        BenchmarkError: The first contender has failed, with which the others are compared.
+        BenchmarkError: The first contender has failed, without which the others say little.
     """
     found: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
-    limits: dict[str, list[float]] = {what: [] for what in LIMITS}
+    limits: dict[str, list[float]] = {what: [] for what in setup.products}
+    taking_part = setup.taking_part(kind)
     running: dict[str, Worker] = {}
     with ExitStack() as stack:
-        for contender in (item for item in kind.contenders if item.family in setup.families):
+        for contender in taking_part:
             try:
-                interpreter = _interpreter(contender, setup, say)
-                setting, trials = _setting(name, contender, setup, interpreter, say)
+                worker, found[contender.name] = _started(name, contender, setup, say)
             except BenchmarkError as error:
                 left_out[contender.name] = str(error)
                 continue
-            worker = stack.enter_context(closing(setup.worker(f"{name}-{contender.name}", interpreter)))
-            setup.prepare(worker, contender.module, name, setting)
-            running[contender.name] = worker
-            found[contender.name] = {"setting": setting, "trials": trials, "turns": []}
+            running[contender.name] = stack.enter_context(closing(worker))
             if kind.limited:
                 found[contender.name]["flops"] = flops.of(name, setup.work, contender.networks)
         _each(running, left_out, lambda own, worker: found[own].update(_begun(worker.receive())))
@@ -105,9 +113,9 @@ def compare(name: str, kind: Kind, setup: Setup, bench: Worker, say: Say) -> dic
 
             _each(running, left_out, measured)
         _each(running, left_out, lambda own, worker: found[own].update(peak=worker.ask(do="end")["memory"]))
-    first = kind.contenders[0].name
+    first = taking_part[0].name
     if first not in running:
-        raise BenchmarkError(f"{first}, with which all are compared: {left_out[first]}")
+        raise BenchmarkError(f"{first}, without which the others say little: {left_out[first]}")
     for own in found.values():
         own["turns"] = own["turns"][1:]
     result: dict[str, Any] = {
@@ -125,10 +133,19 @@ def bench(setup: Setup) -> Worker:
     return worker
 
 
-def limits(bench: Worker) -> dict[str, list[float]]:
-    """What the machine can do: operations a second of both products, and bytes a second of a copy."""
-    every = (*LIMITS, machine.COPY)
+def limits(setup: Setup, bench: Worker) -> dict[str, list[float]]:
+    """What the machine can do: operations a second of all products, and bytes a second of a copy."""
+    every = (*setup.products, machine.COPY)
     return {what: [bench.turn(what=what).rate for _ in range(LIMIT_TURNS)] for what in every}
+
+
+def _started(name: str, contender: Contender, setup: Setup, say: Say) -> tuple[Worker, dict[str, Any]]:
+    """A contender's worker, which prepares the work in the fastest setting, and what is known of it so far."""
+    interpreter = _interpreter(contender, setup, say)
+    setting, trials = _setting(name, contender, setup, interpreter, say)
+    worker = setup.worker(f"{name}-{contender.name}", interpreter)
+    setup.prepare(worker, contender.module, name, setting, contender.precision)
+    return worker, {"precision": contender.precision, "setting": setting, "trials": trials, "turns": []}
 
 
 def _interpreter(contender: Contender, setup: Setup, say: Say) -> str | Path:
@@ -149,7 +166,7 @@ def _setting(
         say(f"{name}: {contender.name}, trying '{setting}'")
         with closing(setup.worker(f"{name}-{contender.name}-{setting}", interpreter)) as worker:
             try:
-                setup.prepare(worker, contender.module, name, setting)
+                setup.prepare(worker, contender.module, name, setting, contender.precision)
                 worker.receive()
                 turn = worker.turn()
                 found[setting] = (turn if turn.seconds > LONG else worker.turn()).rate

@@ -1,6 +1,7 @@
 """align at the common work: its modules and data modules under Lightning's Trainer, as `align.fit` runs them.
 
-Only tokenising is left out, for all contenders alike. Micro-batches, precision and everything else are the defaults.
+Only tokenising is left out, for all contenders alike. Micro-batches and everything else but the precision are the
+defaults.
 """
 
 import tempfile
@@ -28,6 +29,7 @@ from align.optim import Optim
 from align.rollout.sampler import DecodeSampler, GenerateSampler
 from align.types import Prompts
 from tools.benchmark import work as common
+from tools.benchmark.kinds import BFLOAT16, TRAINERS
 from tools.benchmark.protocol import Turn
 from tools.benchmark.work import PAD, Size, Work
 
@@ -114,26 +116,27 @@ class Numbers(Logger):
         """Nothing to keep."""
 
 
-def prepare(kind: str, setting: str, work: Work) -> Callable[..., Turn]:
+def prepare(kind: str, setting: str, work: Work, precision: str) -> Callable[..., Turn]:
     """Loads what a kind of work needs; the result does it once.
 
     Args:
         kind: See `tools.benchmark.kinds`.
         setting: Of PPO: `SEPARATE`, `TRUNK`, `FROZEN` or `BOTH`. Of "rollout": "decode" or "generate".
         work: The common work.
+        precision: Of the Trainer; where there is none, of the sampler.
     """
     if kind == "sft":
-        return _sft(work)
+        return _sft(work, precision)
     if kind == "growth":
-        return lambda **point: grow(work.size, **point)
+        return lambda **point: grow(work.size, precision, **point)
     if kind == "ppo":
-        return _ppo(work, setting)
+        return _ppo(work, setting, precision)
     if kind == "rollout":
-        return _rollout(work, setting)
-    return _reward(work, int(kind.removeprefix("reward")))
+        return _rollout(work, setting, precision)
+    return _reward(work, int(kind.removeprefix("reward")), precision)
 
 
-def _sft(work: Work) -> Callable[[], Turn]:
+def _sft(work: Work, precision: str) -> Callable[[], Turn]:
     tokenizer = load_tokenizer(work.policy)
     module = SFTModule(model=load_causal_lm(work.policy), tokenizer=tokenizer, optim=_optim())
     data = Demonstrations(
@@ -142,13 +145,13 @@ def _sft(work: Work) -> Callable[[], Turn]:
     tokens = sum(len(row["prompt"]) + len(row["response"]) for row in work.demonstrations)
 
     def turn() -> Turn:
-        clock = _fit(module, data)
+        clock = _fit(module, data, precision)
         return Turn(clock.ended - clock.began, tokens)
 
     return turn
 
 
-def _reward(work: Work, count: int) -> Callable[[], Turn]:
+def _reward(work: Work, count: int, precision: str) -> Callable[[], Turn]:
     tokenizer = load_tokenizer(work.reward)
     module = RewardModule(model=load_scalar_model(work.reward), tokenizer=tokenizer, optim=_optim())
     rows = work.comparisons[count]
@@ -156,13 +159,13 @@ def _reward(work: Work, count: int) -> Callable[[], Turn]:
     pairs = len(rows) * count * (count - 1) // 2
 
     def turn() -> Turn:
-        clock = _fit(module, data)
+        clock = _fit(module, data, precision)
         return Turn(clock.ended - clock.began, pairs)
 
     return turn
 
 
-def _ppo(work: Work, setting: str) -> Callable[[], Turn]:
+def _ppo(work: Work, setting: str, precision: str) -> Callable[[], Turn]:
     size, tokenizer = work.size, load_tokenizer(work.policy)
     trained = size.layers // 2 if setting in (FROZEN, BOTH) else None
     policy, value = load_causal_lm(work.policy, trained_blocks=trained), None
@@ -193,7 +196,7 @@ def _ppo(work: Work, setting: str) -> Callable[[], Turn]:
 
     def turn() -> Turn:
         numbers = Numbers()
-        clock = _fit(module, data, numbers)
+        clock = _fit(module, data, precision, numbers)
         (rollout,), (scoring,) = (numbers.found[f"speed/{name}_seconds"] for name in ("rollout", "scoring"))
         seconds = clock.ended - clock.began
         phases = {"rollout": rollout, "scoring": scoring, "update": seconds - rollout - scoring}
@@ -202,26 +205,29 @@ def _ppo(work: Work, setting: str) -> Callable[[], Turn]:
     return turn
 
 
-def _rollout(work: Work, setting: str) -> Callable[[], Turn]:
-    policy = load_causal_lm(work.policy)
-    engine = DecodeSampler if setting == "decode" else GenerateSampler
-    sampler = engine(max_new_tokens=work.size.response.high)
+def _rollout(work: Work, setting: str, precision: str) -> Callable[[], Turn]:
+    policy, limit = load_causal_lm(work.policy), work.size.response.high
+    sampler = GenerateSampler(max_new_tokens=limit)
+    if setting == "decode":
+        sampler = DecodeSampler(max_new_tokens=limit, dtype="bfloat16" if precision == BFLOAT16 else "float32")
     ids, lengths = padded([torch.tensor(prompt) for prompt in work.prompts], PAD)
     prompts = Prompts(ids=ids, lengths=lengths, rows=tuple({} for _ in work.prompts))
 
     def turn() -> Turn:
         start = time.perf_counter()
-        completions = sampler(policy, prompts)
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == BFLOAT16):
+            completions = sampler(policy, prompts)
         return Turn(time.perf_counter() - start, int(completions.response_lengths.sum()))
 
     return turn
 
 
-def grow(size: Size, *, examples: int, length: int | None = None, **shape: int) -> Turn:
+def grow(size: Size, precision: str, *, examples: int, length: int | None = None, **shape: int) -> Turn:
     """Steps of SFT on a batch and a model of other sizes.
 
     Args:
         size: Of the common work.
+        precision: Of the Trainer.
         examples: In a batch.
         length: Of each example, a third of it the response; None: as different as in the common work.
         shape: What else differs, by name of the `Size`'s field.
@@ -240,19 +246,23 @@ def grow(size: Size, *, examples: int, length: int | None = None, **shape: int) 
         tokenizer=tokenizer, train=rows, batch_size=examples, max_prompt_tokens=changed.positions,
         max_response_tokens=changed.positions,
     )  # fmt: skip
-    clock = _fit(module, data, max_epochs=GROWTH_STEPS)
+    clock = _fit(module, data, precision, max_epochs=GROWTH_STEPS)
     tokens = sum(len(row["prompt"]) + len(row["response"]) for row in rows)
     return Turn(clock.ended - clock.first, tokens * (GROWTH_STEPS - 1))
 
 
 def _fit(
-    module: L.LightningModule, data: L.LightningDataModule, logger: Logger | None = None, max_epochs: int = 1
+    module: L.LightningModule,
+    data: L.LightningDataModule,
+    precision: str,
+    logger: Logger | None = None,
+    max_epochs: int = 1,
 ) -> Clock:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
-            accelerator="cpu", max_epochs=max_epochs, logger=logger or False, callbacks=[clock],
-            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+            accelerator="cpu", precision=TRAINERS[precision], max_epochs=max_epochs, logger=logger or False,
+            callbacks=[clock], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             num_sanity_val_steps=0, use_distributed_sampler=False, default_root_dir=Path(folder),
         )  # fmt: skip
         trainer.fit(module, datamodule=data)

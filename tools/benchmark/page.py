@@ -1,14 +1,14 @@
 """The results as tables, and where they go: between the markers of docs/performance.md."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from align.atomic import write_text
 from align.bootstrap import Interval
-from tools.benchmark import results
-from tools.benchmark.kinds import KINDS
+from tools.benchmark import goals, machine, results
+from tools.benchmark.kinds import FLOAT32, KINDS, PRECISIONS
 from tools.benchmark.protocol import BenchmarkError
 
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
@@ -42,6 +42,8 @@ def tables(found: Mapping[str, Any]) -> str:
         parts.append("\n".join(_speeds(kinds)))
     if "ppo" in kinds:
         parts.append("\n".join(_phases(kinds["ppo"])))
+    if reached := list(goals.outcomes(kinds)):
+        parts.append("\n".join(_goals(reached)))
     parts += [part for part in (_machine(found), _scaling(found), _growth(found), _left_out(found)) if part]
     return "\n\n".join(parts) + "\n"
 
@@ -49,9 +51,10 @@ def tables(found: Mapping[str, Any]) -> str:
 def _heading(found: Mapping[str, Any]) -> str:
     made = found["made"]
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
+    precisions = " and ".join(made.get("precisions", [FLOAT32]))
     return (
         f"{made['date']}, commit {made['commit']}: {made['cpu']}, {made['threads']} threads of {made['cores']} cores, "
-        f"float32; {versions}. Medians of turns; in brackets 95 % intervals.{_earlier(found)}"
+        f"{precisions}; {versions}. Medians of turns; in brackets 95 % intervals.{_earlier(found)}"
     )
 
 
@@ -66,17 +69,17 @@ def _earlier(found: Mapping[str, Any]) -> str:
 
 
 def _speeds(kinds: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    yield "| work | who | speed | ours is faster by | share of the matrix limit | memory, MB |"
+    yield "| work | who | speed | times as fast as | share of the matrix limit | memory, MB |"
     yield "|---|---|---:|---:|---:|---:|"
     for name, kind in kinds.items():
-        ratios = results.speedups(kind)
-        for own, contender in kind["contenders"].items():
+        ratios, base = results.speedups(name, kind), results.baseline(name, kind)
+        for number, (own, contender) in enumerate(kind["contenders"].items()):
             share = results.share_of_limit(kind, own)
             cells = (
-                KINDS[name].title if own not in ratios else "",
+                "" if number else KINDS[name].title,
                 own + _setting(contender),
                 f"{significant(median(results.rates(contender)))} {KINDS[name].unit}",
-                times(ratios[own]) if own in ratios else "",
+                times(ratios[own], f"× {base}") if own in ratios else "",
                 f"{share.mean:.0%}" if share is not None else "",
                 f"{results.memory(contender) / MB:,.0f}",
             )
@@ -97,15 +100,36 @@ def _phases(kind: Mapping[str, Any]) -> Iterator[str]:
         yield f"| {own} | {' | '.join(significant(seconds[name]) for name in names)} |"
 
 
+def _goals(reached: Iterable[goals.Outcome]) -> Iterator[str]:
+    """Ratios that reach their goal are bold."""
+    yield "| goals | ours | against | goal | measured |"
+    yield "|---|---|---|---:|---:|"
+    for item in reached:
+        goal, least = item.goal, "at most" if item.goal.about == goals.MEMORY else "at least"
+        bound = f"{goal.bound:.0%}" if goal.about == goals.SHARE else f"{goal.bound:g} ×"
+        shown = percent(item.found) if goal.about == goals.SHARE else times(item.found)
+        yield f"| {goal.work} | {goal.ours} | {item.against} | {least} {bound} | {_bold(shown, item.reached)} |"
+
+
+def _bold(text: str, whether: bool) -> str:
+    return f"**{text}**" if whether else text
+
+
 def _machine(found: Mapping[str, Any]) -> str:
     limits = found.get("limits")
     if not limits:
         return ""
-    blocks, head, copy = (median(limits[what]) / GIGA for what in ("blocks", "head", "copy"))
-    return (
-        f"The machine: {blocks:.0f} GFLOP/s in products of the blocks' shape, {head:.0f} in those of the output "
-        f"matrix; copies move {copy:.1f} GB/s."
-    )
+    parts = []
+    for precision in PRECISIONS:
+        names = machine.products(precision)
+        if names[machine.BLOCKS] in limits:
+            blocks, head = (median(limits[names[shape]]) / GIGA for shape in (machine.BLOCKS, machine.HEAD))
+            parts.append(
+                f"in {precision} {blocks:.0f} GFLOP/s in products of the blocks' shape, {head:.0f} in those of the "
+                "output matrix"
+            )
+    copy = median(limits[machine.COPY]) / GIGA
+    return f"The machine: {'; '.join(parts)}; copies move {copy:.1f} GB/s."
 
 
 def _scaling(found: Mapping[str, Any]) -> str:
@@ -114,7 +138,11 @@ def _scaling(found: Mapping[str, Any]) -> str:
         return ""
     ratio = results.ratio_of_medians(scaling["2"], scaling["1"])
     one, two = (significant(median(scaling[processes])) for processes in ("1", "2"))
-    return f"SFT with one thread a process: {one} tokens/s by one process, {two} by two: {times(ratio)}, of 2 at best."
+    precision = scaling.get("precision", FLOAT32)
+    return (
+        f"SFT in {precision} with one thread a process: {one} tokens/s by one process, {two} by two: {times(ratio)}, "
+        "of 2 at best."
+    )
 
 
 def _growth(found: Mapping[str, Any]) -> str:
@@ -129,7 +157,8 @@ def _growth(found: Mapping[str, Any]) -> str:
         for axis, item in growth.items()
     ]
     width = max(len(row) for row in rows)
-    lines = [["SFT, tokens/s at", *[""] * (width - 1)], ["---", *["---:"] * (width - 1)], *rows]
+    precision = next(iter(growth.values())).get("precision", FLOAT32)
+    lines = [[f"SFT in {precision}, tokens/s at", *[""] * (width - 1)], ["---", *["---:"] * (width - 1)], *rows]
     return "\n".join(f"| {' | '.join([*row, *[''] * (width - len(row))])} |" for row in lines)
 
 
@@ -142,11 +171,16 @@ def _left_out(found: Mapping[str, Any]) -> str:
     return "\n\n".join(lines)
 
 
-def times(ratio: Interval) -> str:
+def times(ratio: Interval, sign: str = "×") -> str:
     """A ratio with its interval: `1.84 × [1.80, 1.90]`."""
-    if ratio.low == ratio.high:
-        return f"{ratio.mean:.2f} ×"
-    return f"{ratio.mean:.2f} × [{ratio.low:.2f}, {ratio.high:.2f}]"
+    shown = f"{ratio.mean:.2f} {sign}"
+    return shown if ratio.low == ratio.high else f"{shown} [{ratio.low:.2f}, {ratio.high:.2f}]"
+
+
+def percent(share: Interval) -> str:
+    """A share with its interval: `59% [57%, 60%]`."""
+    shown = f"{share.mean:.0%}"
+    return shown if share.low == share.high else f"{shown} [{share.low:.0%}, {share.high:.0%}]"
 
 
 def significant(value: float, digits: int = 3) -> str:

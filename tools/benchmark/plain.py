@@ -25,13 +25,14 @@ IGNORED = -100
 """The label of a token that is not learned."""
 
 
-def prepare(kind: str, setting: str, work: Work) -> Callable[[], Turn]:
+def prepare(kind: str, setting: str, work: Work, precision: str) -> Callable[[], Turn]:
     """Loads what a kind of work needs; the result does it once.
 
     Args:
         kind: See `tools.benchmark.kinds`.
         setting: There is only one.
         work: The common work.
+        precision: Always float32.
     """
     if kind == "sft":
         return _sft(work)

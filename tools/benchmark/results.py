@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from align.bootstrap import LEVELS, Interval
+from tools.benchmark import machine
+from tools.benchmark.kinds import FLOAT32, KINDS, LOOP
 from tools.benchmark.protocol import Turn
 
 RESAMPLES = 10_000
@@ -51,22 +53,41 @@ def ratio_of_medians(above: Sequence[float], below: Sequence[float], resamples: 
     return Interval(ratio, low, high, len(own))
 
 
-def speedups(kind: Mapping[str, Any]) -> dict[str, Interval]:
-    """How many times as fast the first contender is as each of the others."""
-    first, *others = kind["contenders"].items()
-    own = rates(first[1])
-    return {name: ratio_of_medians(own, rates(other)) for name, other in others}
+def exact(value: float) -> Interval:
+    """A number without an interval."""
+    return Interval(value, value, value, 1)
+
+
+def baseline(name: str, kind: Mapping[str, Any]) -> str | None:
+    """With whom contenders are compared: the baseline of the kind of that name, or the plain loop in its absence."""
+    return next((one for one in (KINDS[name].baseline, LOOP) if one in kind["contenders"]), None)
+
+
+def speedups(name: str, kind: Mapping[str, Any]) -> dict[str, Interval]:
+    """How many times as fast as the baseline each other contender is; nothing where there is no baseline."""
+    found, base = kind["contenders"], baseline(name, kind)
+    if base is None:
+        return {}
+    below = rates(found[base])
+    return {own: ratio_of_medians(rates(item), below) for own, item in found.items() if own != base}
+
+
+def precision(contender: Mapping[str, Any]) -> str:
+    """In which a contender computed; results that do not say it are in float32."""
+    return contender.get("precision", FLOAT32)
 
 
 def share_of_limit(kind: Mapping[str, Any], name: str) -> Interval | None:
     """Operations that the work needs, a second, as a share of what products of matrices reach in the same turns.
 
+    The products are in the contender's precision; of both shapes the faster one counts.
     Of PPO it is the update's share. None where operations are not counted.
     """
     contender = kind["contenders"][name]
     if "flops" not in contender:
         return None
-    limit = max(kind["limits"].values(), key=median)
+    names = machine.products(precision(contender)).values()
+    limit = max((kind["limits"][what] for what in names if what in kind["limits"]), key=median)
     seconds = [turn.phases.get("update", turn.seconds) for turn in turns(contender)]
     return ratio_of_medians([contender["flops"] / taken for taken in seconds], limit)
 

@@ -4,6 +4,7 @@ Its phases are told apart by three marks: `batch_generation` returns, which ends
 episodes, which ends the scoring; and the callback at the end of the update.
 """
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -23,6 +24,7 @@ from transformers import (
 )
 from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
+from tools.benchmark.kinds import BFLOAT16
 from tools.benchmark.plain_ppo import left_padded
 from tools.benchmark.protocol import Turn
 from tools.benchmark.trl_trainers import MICRO_BATCH, quiet
@@ -55,14 +57,17 @@ class Marks(TrainerCallback):
         return Turn(self.ended - self.began, episodes, phases)
 
 
-def prepare(kind: str, setting: str, work: Work) -> Callable[[], Turn]:
+def prepare(kind: str, setting: str, work: Work, precision: str) -> Callable[[], Turn]:
     """Loads four networks; the result collects a rollout and learns from it.
 
     Args:
         kind: Always "ppo".
         setting: A key of `SETTINGS`.
         work: The common work.
+        precision: Of the update; TRL samples and scores in float32.
     """
+    if precision == BFLOAT16:  # what `accelerate launch --mixed_precision bf16` sets; the trainer does not read `bf16`
+        os.environ["ACCELERATE_MIXED_PRECISION"] = "bf16"
     size, at_once = work.size, min(SETTINGS[setting] or work.size.episodes, work.size.episodes)
     value, reward = (
         AutoModelForSequenceClassification.from_pretrained(work.reward, dtype=torch.float32) for _ in range(2)
@@ -70,8 +75,9 @@ def prepare(kind: str, setting: str, work: Work) -> Callable[[], Turn]:
     prompts, marks = left_padded(work.episodes), Marks()
     trainer = PPOTrainer(
         args=PPOConfig(
-            **quiet(), per_device_train_batch_size=at_once, gradient_accumulation_steps=size.episodes // at_once,
-            total_episodes=size.episodes, num_ppo_epochs=size.epochs, response_length=size.response.high,
+            **quiet(precision), per_device_train_batch_size=at_once,
+            gradient_accumulation_steps=size.episodes // at_once, total_episodes=size.episodes,
+            num_ppo_epochs=size.epochs, response_length=size.response.high,
             stop_token="eos", temperature=1.0, kl_coef=KL, gamma=GAMMA, lam=LAMBDA, cliprange=CLIP, vf_coef=VALUE_COEF,
             cliprange_value=CLIP, num_sample_generations=0,
         ),

@@ -1,7 +1,7 @@
 """TRL's SFT and reward trainers at the common work. Runs in an environment with TRL.
 
-Whatever TRL does not have to share with the others is its default. Shared are: float32, no gradient checkpointing (its
-defaults are bfloat16 and checkpointing), the examples of an optimizer step, learning rate, no logging and no saving.
+Whatever TRL does not have to share with the others is its default. Shared are: the precision (weights in float32), no
+gradient checkpointing (its default), the examples of an optimizer step, learning rate, no logging and no saving.
 """
 
 import tempfile
@@ -24,6 +24,7 @@ from transformers import (
 )
 from trl import RewardConfig, RewardTrainer, SFTConfig, SFTTrainer
 
+from tools.benchmark.kinds import BFLOAT16
 from tools.benchmark.protocol import Turn
 from tools.benchmark.work import LEARNING_RATE, Work
 
@@ -62,20 +63,21 @@ class Clock(TrainerCallback):
         self.ended = time.perf_counter()
 
 
-def prepare(kind: str, setting: str, work: Work) -> Callable[[], Turn]:
+def prepare(kind: str, setting: str, work: Work, precision: str) -> Callable[[], Turn]:
     """Loads what a kind of work needs; the result does it once.
 
     Args:
         kind: See `tools.benchmark.kinds`.
         setting: A key of `SFT_SETTINGS` or `REWARD_SETTINGS`.
         work: The common work.
+        precision: As TRL's argument `bf16` chooses it.
     """
     if kind == "sft":
-        return _sft(work, SFT_SETTINGS[setting])
-    return _reward(work, int(kind.removeprefix("reward")), REWARD_SETTINGS[setting])
+        return _sft(work, SFT_SETTINGS[setting], precision)
+    return _reward(work, int(kind.removeprefix("reward")), REWARD_SETTINGS[setting], precision)
 
 
-def _sft(work: Work, settings: Mapping[str, Any]) -> Callable[[], Turn]:
+def _sft(work: Work, settings: Mapping[str, Any], precision: str) -> Callable[[], Turn]:
     rows = [
         {
             "input_ids": row["prompt"] + row["response"],
@@ -90,7 +92,7 @@ def _sft(work: Work, settings: Mapping[str, Any]) -> Callable[[], Turn]:
     clock = Clock()
     trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(work.policy, dtype=torch.float32),
-        args=SFTConfig(completion_only_loss=True, **_arguments(batch, settings)),
+        args=SFTConfig(completion_only_loss=True, **_arguments(batch, settings, precision)),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(work.policy),
         callbacks=[clock],
@@ -98,7 +100,7 @@ def _sft(work: Work, settings: Mapping[str, Any]) -> Callable[[], Turn]:
     return _turn_of(trainer, clock, tokens)
 
 
-def _reward(work: Work, count: int, settings: Mapping[str, Any]) -> Callable[[], Turn]:
+def _reward(work: Work, count: int, settings: Mapping[str, Any], precision: str) -> Callable[[], Turn]:
     """Pairs of a prompt stand together and are not shuffled, so that a step has the prompts that others have in it."""
     rows = []
     for row in work.comparisons[count]:
@@ -110,7 +112,7 @@ def _reward(work: Work, count: int, settings: Mapping[str, Any]) -> Callable[[],
     clock = Clock()
     trainer = RewardTrainer(
         model=AutoModelForSequenceClassification.from_pretrained(work.reward, dtype=torch.float32),
-        args=RewardConfig(train_sampling_strategy="sequential", **_arguments(batch, settings)),
+        args=RewardConfig(train_sampling_strategy="sequential", **_arguments(batch, settings, precision)),
         train_dataset=Dataset.from_list(rows),
         processing_class=AutoTokenizer.from_pretrained(work.reward),
         callbacks=[clock],
@@ -118,7 +120,7 @@ def _reward(work: Work, count: int, settings: Mapping[str, Any]) -> Callable[[],
     return _turn_of(trainer, clock, len(rows))
 
 
-def _arguments(batch: int, settings: Mapping[str, Any]) -> dict[str, Any]:
+def _arguments(batch: int, settings: Mapping[str, Any], precision: str) -> dict[str, Any]:
     """Those of both trainers, for optimizer steps of `batch` rows."""
     chosen = {"per_device_train_batch_size": MICRO_BATCH, **settings}
     at_once = min(chosen["per_device_train_batch_size"] or batch, batch)
@@ -126,18 +128,18 @@ def _arguments(batch: int, settings: Mapping[str, Any]) -> dict[str, Any]:
         **chosen,
         "per_device_train_batch_size": at_once,
         "gradient_accumulation_steps": -(-batch // at_once),
-        **quiet(),
+        **quiet(precision),
     }
 
 
-def quiet() -> dict[str, Any]:
-    """Arguments that all of TRL's trainers share here."""
+def quiet(precision: str) -> dict[str, Any]:
+    """Arguments that all of TRL's trainers share here, in a precision."""
     return {
         "output_dir": tempfile.mkdtemp(prefix="align-benchmark-"),
         "num_train_epochs": 1,
         "learning_rate": LEARNING_RATE,
         "lr_scheduler_type": "constant",
-        "bf16": False,
+        "bf16": precision == BFLOAT16,
         "use_cpu": True,
         "gradient_checkpointing": False,
         "report_to": "none",

@@ -4,6 +4,7 @@ Started by the benchmark in the environment of a contender. What libraries print
 output belongs to the answers.
 """
 
+import ctypes
 import importlib
 import json
 import os
@@ -22,14 +23,14 @@ from tools.benchmark.work import Work
 PACKAGES = ("torch", "transformers", "lightning", "trl", "accelerate")
 
 Job = Callable[..., Turn]
-"""What a contender's `prepare(kind, setting, work)` returns: does the work once and measures it."""
+"""What a contender's `prepare(kind, setting, work, precision)` returns: does the work once and measures it."""
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:
     """Answers every request until there are no more.
 
-    `prepare` names module, kind, setting and work; the answer has versions, and the bytes of memory in use before any
-    model was there. `turn` measures; `end` tells the most memory that was ever in use.
+    `prepare` names module, kind, setting, work and precision; the answer has versions, and the bytes of memory in use
+    before any model was there. `turn` measures; `end` tells the most memory that was ever in use.
     """
     job: Job | None = None
     for line in requests:
@@ -40,14 +41,23 @@ def serve(requests: TextIO, answers: TextIO) -> None:
             torch.manual_seed(0)
             module = importlib.import_module(request["module"])
             answer = {"memory": _peak(), "versions": _versions()}
-            job = module.prepare(request["kind"], request["setting"], Work.read(Path(request["work"])))
+            work = Work.read(Path(request["work"]))
+            job = module.prepare(request["kind"], request["setting"], work, request["precision"])
         elif request["do"] == "turn":
             assert job is not None, "nothing was prepared"
             answer = job(**request["arguments"]).asdict()
+            _give_back()
         else:
             answer = {"memory": _peak()}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system, where the C library can: processes of all contenders are there at once."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def _peak() -> int:

@@ -3,6 +3,7 @@
 import io
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from align.bootstrap import Interval
-from tools.benchmark import command, flops, growth, ours, page, plain, plain_ppo, results, venvs, work, worker
-from tools.benchmark.kinds import KINDS
+from tools.benchmark import command, flops, goals, growth, ours, page, plain, plain_ppo, results, venvs, work, worker
+from tools.benchmark.kinds import BFLOAT16, FLOAT32, KINDS
 from tools.benchmark.protocol import BenchmarkError, Turn, peak_bytes, tail
 
 TINY = work.SIZES["tiny"]
@@ -93,7 +94,7 @@ def test_the_policy_answers_as_long_as_the_prompt_asks(made: work.Work) -> None:
     policy = AutoModelForCausalLM.from_pretrained(made.policy)
     ids = plain_ppo.generated(policy, prompts, TINY.response.high)[:, prompts.shape[1] :]
     assert (ids != work.PAD).sum(1).tolist() == wanted
-    assert ours.prepare("rollout", "decode", made)().units == sum(wanted)
+    assert ours.prepare("rollout", "decode", made, FLOAT32)().units == sum(wanted)
 
 
 def test_a_size_that_cannot_count_down_is_refused(tmp_path: Path) -> None:
@@ -108,7 +109,7 @@ def test_the_work_is_read_as_it_was_written(made: work.Work) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_ours_and_the_plain_loop_do_the_same_amount(kind: str, made: work.Work) -> None:
     setting = next(item for item in KINDS[kind].contenders if item.name == "ours").settings[0]
-    own, other = ours.prepare(kind, setting, made)(), plain.prepare(kind, "", made)()
+    own, other = ours.prepare(kind, setting, made, FLOAT32)(), plain.prepare(kind, "", made, FLOAT32)()
     assert own.units == other.units > 0
     assert set(own.phases) == set(other.phases)
     if kind == "ppo":
@@ -135,7 +136,7 @@ def test_growing_changes_one_thing_at_a_time() -> None:
     axes = growth.axes(work.SIZES["15m"])
     assert list(axes["vocabulary"]) == [1024, 8192, 32768, 65536]
     assert {point["examples"] * length for length, point in axes["tokens an example"].items()} == {2048}
-    assert ours.grow(TINY, examples=2, vocab=64).units > 0
+    assert ours.grow(TINY, FLOAT32, examples=2, vocab=64).units > 0
 
 
 # The line to a worker.
@@ -143,6 +144,7 @@ def test_growing_changes_one_thing_at_a_time() -> None:
 
 def test_a_worker_answers_each_request_with_one_line(made: work.Work) -> None:
     shared = {"module": "tools.benchmark.plain", "setting": "", "work": str(made.folder), "threads": 1}
+    shared["precision"] = FLOAT32
     requests = [{"do": "prepare", "kind": "sft", **shared}, {"do": "turn", "arguments": {}}, {"do": "end"}]
     answers = io.StringIO()
     worker.serve(io.StringIO("".join(json.dumps(request) + "\n" for request in requests)), answers)
@@ -151,6 +153,19 @@ def test_a_worker_answers_each_request_with_one_line(made: work.Work) -> None:
     turn = Turn(**measured)
     assert turn.units == sum(len(row["prompt"]) + len(row["response"]) for row in made.demonstrations)
     assert turn.rate == turn.units / turn.seconds
+
+
+@pytest.mark.parametrize(("library", "expected"), [({"malloc_trim": True}, [0]), ({}, [])])
+def test_a_worker_gives_freed_memory_back_behind_a_turn(
+    library: dict[str, bool], expected: list[int], made: work.Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the C library can, and before it answers, so that it is nobody else's time."""
+    calls: list[int] = []
+    monkeypatch.setattr(worker.ctypes, "CDLL", lambda _: SimpleNamespace(**dict.fromkeys(library, calls.append)))
+    shared = {"module": "tools.benchmark.plain", "setting": "", "work": str(made.folder), "threads": 1}
+    requests = [{"do": "prepare", "kind": "sft", "precision": FLOAT32, **shared}, {"do": "turn", "arguments": {}}]
+    worker.serve(io.StringIO("".join(json.dumps(request) + "\n" for request in requests)), io.StringIO())
+    assert calls == expected
 
 
 def test_memory_is_in_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,12 +220,85 @@ def found() -> dict[str, Any]:
 
 def test_tables_say_what_was_found(found: dict[str, Any]) -> None:
     shown = page.tables(found)
-    assert "| SFT | ours | 30 tokens/s |  | 80% | 10 |" in shown
-    assert "|  | TRL (packed) | 10 tokens/s | 3.00 × | 27% | 10 |" in shown
-    assert "2 GFLOP/s in products of the blocks' shape, 1 in those" in shown and "3.0 GB/s" in shown
-    assert "100 tokens/s by one process, 190 by two: 1.90 ×, of 2 at best" in shown
-    assert "| vocabulary | 8: 2,000 | 16: 500 |" in shown
+    assert "commit abc: A CPU, 2 threads of 2 cores, float32; torch 2." in shown
+    assert "| SFT | ours | 30 tokens/s | 3.00 × TRL | 80% | 10 |" in shown
+    assert "|  | TRL (packed) | 10 tokens/s |  | 27% | 10 |" in shown
+    assert "The machine: in float32 2 GFLOP/s in products of the blocks' shape, 1 in those" in shown
+    assert "in bfloat16" not in shown and "output matrix; copies move 3.0 GB/s" in shown
+    assert (
+        "SFT in float32 with one thread a process: 100 tokens/s by one process, 190 by two: 1.90 ×, of 2 at best"
+        in shown
+    )
+    assert "| SFT in float32, tokens/s at |" in shown and "| vocabulary | 8: 2,000 | 16: 500 |" in shown
     assert "Left out: plain loop at SFT: why not\n" in shown
+
+
+def test_a_share_is_that_of_the_limit_in_the_contenders_own_precision(found: dict[str, Any]) -> None:
+    """40 operations in 1 s of a machine that makes 80 a second in bfloat16, in which the other product is slower."""
+    kind = found["kinds"]["sft"]
+    kind["contenders"]["ours, bf16"] = contender([1.0, 1.0, 1.0], precision=BFLOAT16)
+    kind["limits"] |= {"blocks, bfloat16": [80.0] * 3, "head, bfloat16": [50.0] * 3}
+    found["limits"] |= {"blocks, bfloat16": [8e9], "head, bfloat16": [5e9]}
+    found["made"]["precisions"] = [FLOAT32, BFLOAT16]
+    found["growth"]["vocabulary"]["precision"] = found["scaling"]["precision"] = BFLOAT16
+    shown = page.tables(found)
+    assert "2 cores, float32 and bfloat16; torch" in shown
+    assert "|  | ours, bf16 | 60 tokens/s | 6.00 × TRL | 50% | 10 |" in shown
+    assert "| SFT | ours | 30 tokens/s | 3.00 × TRL | 80% | 10 |" in shown
+    assert "in bfloat16 8 GFLOP/s in products of the blocks' shape, 5 in those of the output matrix; copies" in shown
+    assert "| SFT in bfloat16, tokens/s at |" in shown and "SFT in bfloat16 with one thread a process" in shown
+
+
+def test_speeds_are_compared_with_the_kinds_baseline_or_the_loop() -> None:
+    every = {"ours": contender([1.0]), "plain loop": contender([4.0]), "ours, by generate": contender([3.0])}
+    kind = {"contenders": {**every, "TRL": contender([2.0])}}
+    assert {name: found.mean for name, found in results.speedups("sft", kind).items()} == {
+        "ours": 2.0, "plain loop": 0.5, "ours, by generate": pytest.approx(2 / 3)
+    }  # fmt: skip
+    assert results.baseline("rollout", kind) == "ours, by generate"
+    assert results.speedups("rollout", kind)["ours"].mean == 3.0
+    assert results.baseline("sft", {"contenders": every}) == "plain loop"
+    assert results.speedups("sft", {"contenders": every})["ours"].mean == 4.0
+    assert results.speedups("sft", {"contenders": {"ours": contender([1.0])}}) == {}
+
+
+def test_goals_have_a_table(found: dict[str, Any]) -> None:
+    """Ours is 2 and 8 times as fast as TRL, whose bfloat16 is the faster one of the reward model, with half the memory.
+
+    Shares: 40 operations in 2 s of 25 a second, and in 0.5 s of 200 a second.
+    """
+    contenders = {
+        "ours": contender([2.0] * 3, base=1e6, peak=5e6),
+        "ours, bf16": contender([0.5] * 3, precision=BFLOAT16),
+        "TRL": contender([4.0] * 3, base=1e6, peak=11e6),
+        "TRL, bf16": contender([0.25, 2.5, 3.0], precision=BFLOAT16),
+    }
+    limits = {"blocks": [25.0] * 3, "head": [20.0] * 3, "blocks, bfloat16": [200.0] * 3, "head, bfloat16": [50.0] * 3}
+    kind = {"contenders": contenders, "left_out": {}, "limits": limits}
+    found["kinds"] = {"ppo": kind, "reward4": kind, "reward9": {**kind, "contenders": {"ours": contenders["ours"]}}}
+    lines = [line for line in page.tables(found).splitlines() if "at least" in line or "at most" in line]
+    assert lines == [
+        "| PPO, four networks, same precision | ours | TRL | at least 5 × | 2.00 × |",
+        "| PPO, four networks, same precision | ours, bf16 | TRL, bf16 | at least 5 × | **5.00 × [0.50, 6.00]** |",
+        "| PPO, memory | ours | TRL | at most 0.5 × | **0.40 ×** |",
+        "| reward model, 4 answers, same precision | ours | TRL | at least 8 × | 2.00 × |",
+        "| reward model, 4 answers, each at its best precision | ours, bf16 | TRL, bf16 | at least 14 × "
+        "| 5.00 × [0.50, 6.00] |",
+        "| PPO's update, share of the matrix limit | ours |  | at least 60% | **80%** |",
+        "| PPO's update, share of the matrix limit | ours, bf16 |  | at least 60% | 40% |",
+        "| reward model, 4 answers, share of the matrix limit | ours |  | at least 60% | **80%** |",
+        "| reward model, 4 answers, share of the matrix limit | ours, bf16 |  | at least 60% | 40% |",
+    ]
+    contenders["TRL"] = contender([1.0] * 3, base=1e6, peak=5e6)
+    shown = page.tables(found)
+    assert "best precision | ours, bf16 | TRL | at least 14 × | 2.00 × |" in shown
+    assert "| PPO, memory | ours | TRL | at most 0.5 × | 1.00 × |" in shown
+
+
+def test_goals_name_contenders_that_exist() -> None:
+    for goal in goals.GOALS:
+        assert {goal.ours, *goal.against} <= {item.name for item in KINDS[goal.kind].contenders}
+        assert (goal.about == goals.SHARE) == (not goal.against) and (KINDS[goal.kind].limited or goal.against)
 
 
 def test_phases_have_a_table_of_their_own(found: dict[str, Any]) -> None:
@@ -220,6 +308,7 @@ def test_phases_have_a_table_of_their_own(found: dict[str, Any]) -> None:
         "ppo": {**found["kinds"]["sft"], "contenders": {"ours": {**own, "turns": turns}}, "limits": {"head": [20.0]}}
     }
     shown = page.tables(found)
+    assert "| goals |" in shown and shown.index("| goals |") > shown.index("| PPO, seconds a rollout |")
     assert "| PPO, seconds a rollout | rollout | scoring | update |" in shown and "| ours | 1 | 2 | 4 |" in shown
     assert "| PPO | ours | 0.5 episodes/s |  | 50% | 10 |" in shown  # 40 operations in the update's 4 s
 
@@ -245,7 +334,7 @@ def test_a_page_keeps_what_stands_around_the_tables(tmp_path: Path, found: dict[
 def test_a_run_of_one_kind_keeps_what_others_measured_on_the_same_machine(
     tmp_path: Path, found: dict[str, Any]
 ) -> None:
-    now = {**found["made"], "size": "15m", "commit": "def", "date": "2025-02-02"}
+    now = {**found["made"], "size": "15m", "commit": "def", "date": "2025-02-02", "precisions": [FLOAT32]}
     assert command.kept(tmp_path, now, ["ppo"]) == {}
     kinds = {**found["kinds"], "ppo": found["kinds"]["sft"]}
     before = {**found, "kinds": kinds, "made": {**found["made"], "size": "15m"}}
@@ -256,7 +345,7 @@ def test_a_run_of_one_kind_keeps_what_others_measured_on_the_same_machine(
     mine, old = {"date": "2025-01-01", "commit": "abc"}, {"date": "2024-12-31", "commit": "old"}
     assert kept["earlier"] == {"sft": old, "growth": mine, "scaling": mine}
     assert command.kept(tmp_path, now, ["growth", "scaling", "sft"])["earlier"] == {"ppo": mine}
-    for changed in ({"cpu": "another"}, {"threads": 1}, {"size": "tiny"}):
+    for changed in ({"cpu": "another"}, {"threads": 1}, {"size": "tiny"}, {"precisions": [FLOAT32, BFLOAT16]}):
         assert command.kept(tmp_path, {**now, **changed}, ["ppo"]) == {}
     shown = page.tables({**found, "made": now, **kept})
     assert "2025-02-02, commit def: A CPU" in shown
@@ -280,6 +369,7 @@ def test_a_run_can_be_reported_again(tmp_path: Path, found: dict[str, Any]) -> N
     [
         (["--only", "sft,grpo"], "--only: got 'sft,grpo', expected names of sft, reward4"),
         (["--against", ""], "--against: got '', expected names of plain, trl"),
+        (["--precision", "bfloat16,int8"], "--precision: got 'bfloat16,int8', expected names of float32, bfloat16"),
         (["--report-only"], "performance.json is not there; run without it first"),
     ],
 )
