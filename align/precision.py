@@ -8,18 +8,17 @@ Precision = Literal["bf16-mixed", "32-true"]
 
 
 def fastest(accelerator: str) -> Precision:
-    """bfloat16 with float32 weights on GPUs that multiply it, float32 elsewhere.
+    """bfloat16 with float32 weights where matrices are multiplied faster in it: on GPUs and CPUs with units for it.
 
-    On CPUs bfloat16 pays only where every batch has the same shape. Micro-batches of ragged lengths have new shapes all
-    the time, and the library that multiplies bfloat16 (oneDNN) prepares each of them anew: on two AVX-512 BF16 cores
-    SFT made 8.8 steps a second instead of 10.2.
+    On two cores with such units (AMX) a pass of learning took a half to three quarters of its time in float32
+    (docs/performance.md). Other CPUs do it more slowly than in float32.
 
     Args:
         accelerator: As the Trainer takes it: "cpu", "gpu", "cuda", "auto" ...
     """
     if accelerator in ("gpu", "cuda", "auto") and torch.cuda.is_available():
         return "bf16-mixed" if torch.cuda.is_bf16_supported(including_emulation=False) else "32-true"
-    return "32-true"
+    return "bf16-mixed" if accelerator in ("cpu", "auto") and multiplies_bfloat16() else "32-true"
 
 
 def multiplies_bfloat16() -> bool:

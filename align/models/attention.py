@@ -102,10 +102,12 @@ def _attend_to_slots(
         raise ValueError(f"{type(module).__name__} adds a bias for positions, which rows of different lengths lack")
     if isinstance(slots, GroupedSlots):
         return attend_in_groups(query, key, value, module.layer_idx, slots, arguments.get("scaling"))  # type: ignore[arg-type]
-    bands = slots.put(module.layer_idx, key, value)  # type: ignore[arg-type]
-    return torch.cat(
-        [attend(module, query[rows], keys, values, mask, **arguments)[0] for rows, keys, values, mask in bands]
-    )
+    found = []
+    with torch.autocast(query.device.type, enabled=False):  # in 16 bits if they are kept so, on CPUs too: no gradients
+        for rows, keys, values, mask in slots.put(module.layer_idx, key, value):  # type: ignore[arg-type]
+            asked = query[rows].to(keys.dtype)
+            found.append(sdpa_attention_forward(module, asked, keys, values, mask, **arguments)[0])
+    return torch.cat(found)
 
 
 def looks_all_the_way(model: PreTrainedModel) -> bool:

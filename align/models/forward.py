@@ -6,6 +6,7 @@ padding needs no mask and no position ids, and costs time, never correctness. Th
 is scored, and in chunks.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
@@ -19,7 +20,7 @@ from align.models import hydra, sharding
 from align.models.attention import causal
 from align.models.heads import ScalarModel
 from align.models.hydra import Below
-from align.models.packed import Packed, pack
+from align.models.packed import Packed, grain, pack
 from align.models.shared import SharedPrompts
 from align.models.trials import evaluating as evaluating
 from align.models.trials import has_plain_head, hidden, packs, shared_hidden, unembedding
@@ -182,7 +183,7 @@ def _places(mask: Bool[Tensor, "batch time"], device: torch.device) -> Int[Tenso
 
 def layout(model: PreTrainedModel, ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"]) -> Packed | None:
     """How the first tokens of each row lie end to end, so many of each; None: the model gets the rows as they are."""
-    return pack(lengths, ids.shape[1]) if packs(ids.device, model) else None
+    return pack(lengths, ids.shape[1], grain(ids.device)) if packs(ids.device, model) else None
 
 
 def _layout_for(
@@ -228,9 +229,16 @@ def _at(
     return found.flatten(0, 1)[sent(places, ids.device)]
 
 
+def exactly(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    """No mixed precision inside the block."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
+
+
 def _scalar(model: ScalarModel, hidden: Float[Tensor, "places d"]) -> Float[Tensor, " places"]:
-    head = model.head  # which may be in float32 on a trunk that is not
-    return head(hidden.to(head.weight.dtype))[:, 0].float() - model.bias
+    head = model.head  # which may be in float32 on a trunk that is not, and stays so in mixed precision
+    with exactly(hidden.device):
+        return head(hidden.to(head.weight.dtype))[:, 0].float() - model.bias
 
 
 def _over_logits(
@@ -267,13 +275,15 @@ def _in_chunks(
         logits = head(inputs).float()
         return function(logits / temperature if temperature != 1.0 else logits, targets)
 
-    size = max(1, LOGITS_PER_CHUNK // vocab)
+    size, count = max(1, LOGITS_PER_CHUNK // vocab), len(targets)
+    if isinstance(head, nn.Linear) and (padding := -count % grain(inputs.device)):
+        inputs, targets = nn.functional.pad(inputs, (0, 0, 0, padding)), nn.functional.pad(targets, (0, padding))
     if len(targets) <= size:
-        return chunk(inputs, targets)
-    if not torch.is_grad_enabled():
-        return torch.cat([chunk(*part) for part in zip(inputs.split(size), targets.split(size), strict=True)])
+        return chunk(inputs, targets)[:count]
     parts = zip(inputs.split(size), targets.split(size), strict=True)
-    return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])  # type: ignore[arg-type]
+    if not torch.is_grad_enabled():
+        return torch.cat([chunk(*part) for part in parts])[:count]
+    return torch.cat([checkpoint(chunk, *part, use_reentrant=False) for part in parts])[:count]  # type: ignore[arg-type]
 
 
 def _logprobs_of(logits: Float[Tensor, "tokens vocab"], targets: Int[Tensor, " tokens"]) -> Float[Tensor, " tokens"]:

@@ -127,6 +127,11 @@ class GroupedSlots(Slots):
         assert isinstance(self.filling, Beginnings)
         self.filling.layers[layer] = (self.alike(keys, values).contiguous(), values.contiguous())
 
+    @staticmethod
+    def alike(keys: Tensor, values: Tensor) -> Tensor:
+        """See `Slots`. On a CPU as they come, since `attend_in_groups` wants them in float32."""
+        return keys if keys.device.type == "cpu" else keys.to(values.dtype)
+
     def in_parts(self, layer: int) -> Iterator[tuple[slice, Beginnings, Tensor, Tensor]]:
         """Run after run of prompts: their rows, and a layer's keys and values of them."""
         start = 0

@@ -49,7 +49,7 @@ class Below:
 
     def packed(self, laid_out: Packed) -> "Below":
         """Those of sequences end to end."""
-        return replace(self, hidden=self.hidden.flatten(0, 1)[laid_out.places][None])
+        return replace(self, hidden=laid_out.filled_up(self.hidden.flatten(0, 1)[laid_out.places]))
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,9 @@ def _below(model: PreTrainedModel, ids: Int[Tensor, "batch time"], depth: int, l
     hidden = stand_in.hidden
     assert hidden is not None
     if packed is not None:
-        rows = hidden.new_zeros(ids.numel(), hidden.shape[-1]).index_copy(0, packed.places, hidden[0])
+        rows = hidden.new_zeros(ids.numel(), hidden.shape[-1]).index_copy(
+            0, packed.places, hidden[0, : len(packed.places)]
+        )
         hidden = rows.view(*ids.shape, -1)
     return Below(hidden=hidden, depth=depth)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
 CALL_TOKENS = 128
@@ -22,6 +22,10 @@ Larger models compute fewer tokens in that time; for them it only matters that t
 BAND_TOKENS = 16
 """What a band costs beside its tokens, in tokens: a call of attention and its backward pass in every block."""
 
+GRAIN = 64
+"""Tokens of a long row come in multiples of this where a CPU computes in 16 bits: oneDNN, which multiplies them there,
+prepares for every new shape, which takes as long as multiplying 2,048 tokens by a matrix."""
+
 padded: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Models that get rows filled up to their longest, whatever they could."""
 
@@ -31,15 +35,29 @@ class Packed:
     """How sequences lie end to end. Axes: `tokens`, all that are computed."""
 
     bands: tuple[tuple[int, int], ...]
-    """Sequences, and tokens of each, of one band after the other."""
+    """Sequences, and tokens of each, of one band after the other; the last may be padding (`grain`)."""
     places: Int[Tensor, " tokens"]
     """Where in the flattened batch each token is."""
     positions: Int[Tensor, " tokens"]
     """Of each in its sequence."""
 
+    @property
+    def padding(self) -> int:
+        """Tokens of a last band that stand for nothing."""
+        return sum(sequences * width for sequences, width in self.bands) - len(self.places)
+
+    def filled_up(self, values: Shaped[Tensor, "tokens *_"]) -> Shaped[Tensor, "one row *_"]:
+        """What is known of the tokens, in a row with its padding."""
+        return (
+            torch.cat([values, values.new_zeros(self.padding, *values.shape[1:])])[None]
+            if self.padding
+            else values[None]
+        )
+
     def arguments(self, ids: Int[Tensor, "batch time"]) -> dict[str, Any]:
         """What a model is called with, whose attention is `align.models.attention`'s."""
-        return {"input_ids": ids.flatten()[self.places][None], "position_ids": self.positions[None], "packed": self}
+        ids, positions = self.filled_up(ids.flatten()[self.places]), self.filled_up(self.positions)
+        return {"input_ids": ids, "position_ids": positions, "packed": self}
 
     def find(self, places: Int[Tensor, " places"]) -> Int[Tensor, " places"]:
         """Which of the tokens are those at places of the flattened batch."""
@@ -48,19 +66,28 @@ class Packed:
         return found[places.cpu()]
 
 
-def pack(lengths: Int[Tensor, " batch"], time: int) -> Packed:
+def grain(device: torch.device) -> int:
+    """Of which number the tokens computed on a device shall be a multiple, in the arithmetic at hand."""
+    return GRAIN if device.type == "cpu" and torch.is_autocast_enabled("cpu") else 1
+
+
+def pack(lengths: Int[Tensor, " batch"], time: int, multiple: int = 1) -> Packed:
     """Lays the first tokens of right-padded sequences end to end.
 
     Args:
         lengths: How many tokens of each sequence are needed.
         time: Tokens of a row, padding included.
+        multiple: Of the tokens computed; see `grain`.
     """
     bands, places, positions = bands_of(lengths), [], []
     for rows, width in bands:
         within = torch.arange(width)
         places.append((rows[:, None] * time + within).flatten())
         positions.append(within.repeat(len(rows)))
-    return Packed(tuple((len(rows), width) for rows, width in bands), torch.cat(places), torch.cat(positions))
+    sizes = [(len(rows), width) for rows, width in bands]
+    if padding := -sum(sequences * width for sequences, width in sizes) % multiple:
+        sizes.append((1, padding))
+    return Packed(tuple(sizes), torch.cat(places), torch.cat(positions))
 
 
 def bands_of(lengths: Int[Tensor, " batch"]) -> list[tuple[Int[Tensor, " picked"], int]]:

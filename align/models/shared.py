@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,7 @@ def share(
     prompt_index: Int[Tensor, " batch"],
     *,
     apart: bool,
+    multiple: int = 1,
 ) -> SharedPrompts:
     """Lays sequences out so that what those of one prompt begin with alike is there once.
 
@@ -56,6 +57,7 @@ def share(
         lengths: Tokens of each sequence.
         prompt_index: Equal for sequences of one prompt, which stand together.
         apart: Each prompt is a part, so that none is filled up to another's length; more calls of attention.
+        multiple: Of the tokens computed (`align.models.packed.grain`); those that stand for nothing come last.
     """
     places = torch.arange(ids.shape[1], device=ids.device)
     _, is_first, common, sizes = _beginnings(ids, lengths, prompt_index)
@@ -66,12 +68,15 @@ def share(
     parts, back, behind = [], torch.zeros_like(position), 0
     for rows in torch.arange(len(ids), device=ids.device).split(sizes.tolist() if apart else len(ids)):
         part, where = _part(start[rows], is_first[rows], common[rows], lengths[rows], len(row))
-        tokens = slice(int(start[rows[0]]), int(start[rows[-1]] + counts[rows[-1]]))
-        inside, own = row[tokens] - rows[0], position[tokens]
-        back[tokens] = behind + where[inside, own]
+        here = slice(int(start[rows[0]]), int(start[rows[-1]] + counts[rows[-1]]))
+        inside, own = row[here] - rows[0], position[here]
+        back[here] = behind + where[inside, own]
         parts.append(part)
         behind += part.beginnings.numel() + part.own.numel()
-    return SharedPrompts(ids[kept][None], position[None], tuple(parts), back, counts.cumsum(0) - 1)
+    tokens, position, back = (
+        nn.functional.pad(numbers, (0, -len(numbers) % multiple)) for numbers in (ids[kept], position, back)
+    )
+    return SharedPrompts(tokens[None], position[None], tuple(parts), back, counts.cumsum(0) - 1)
 
 
 def _part(

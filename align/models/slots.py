@@ -153,9 +153,8 @@ class Slots:
     @staticmethod
     def alike(keys: Tensor, values: Tensor) -> Tensor:
         """The keys, in the number format in which they are kept."""
-        # In mixed precision they come in float32, having been rotated. On a CPU attention takes them so
-        # (`align.models.attention`); a GPU's would round the whole cache for every token.
-        return keys if keys.device.type == "cpu" else keys.to(values.dtype)
+        # In mixed precision they come in float32, having been rotated; attention would round all for every token.
+        return keys.to(values.dtype)
 
 
 def _bands(lengths: list[int]) -> Iterator[tuple[int, int, int]]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from align.models import compiled, sharding, shared
 from align.models.attention import causal, looks_all_the_way
-from align.models.packed import Packed, pack, padded
+from align.models.packed import Packed, grain, pack, padded
 from align.models.packed import micro_batches as packed_batches
 from align.models.shared import SharedPrompts
 from align.types import sent
@@ -80,7 +80,7 @@ def _packs(model: PreTrainedModel, device: torch.device) -> bool:
     places = (torch.arange(5) < lengths[:, None]).flatten().nonzero()[:, 0]
     with torch.no_grad(), evaluating(model), sharding.gathered(model), compiled.off():
         apart = sharding.run(model, hidden, ids).flatten(0, 1)[places].float()
-        laid_out = pack(lengths, ids.shape[1])
+        laid_out = pack(lengths, ids.shape[1], grain(device))
         try:
             together = sharding.run(model, _packed_hidden, ids, sent(laid_out, device))[laid_out.find(places)].float()
         except (TypeError, ValueError, RuntimeError):  # it takes no such arguments, or not in this form

@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from align import distributed
 from align.formulas import losses
-from align.models import forward, sharding, shared, trials
+from align.models import forward, packed, sharding, shared, trials
 from align.models.heads import ScalarModel
 from align.modules.base import AlignModule, Stats
 from align.modules.ranking import RankingMetrics, better
@@ -110,7 +110,9 @@ class RewardModule(AlignModule):
         """The reward of each sequence; `prompt_index` tells which may share what they begin with."""
         ids = forward.fitted(ids, lengths)
         if prompt_index is not None and self._shares():
-            laid_out = shared.share(ids, lengths, prompt_index, apart=self.device.type == "cpu")
+            laid_out = shared.share(
+                ids, lengths, prompt_index, apart=self.device.type == "cpu", multiple=packed.grain(self.device)
+            )
             return forward.final_scores_sharing(self.model, sent(laid_out, self.device))
         return forward.final_scores(self.model, sent(ids, self.device), lengths)
 

@@ -200,6 +200,43 @@ def test_attention_is_in_float32_under_autocast(monkeypatch: pytest.MonkeyPatch)
         assert 0.0 < float((low - forward.token_logprobs(model, EPISODES.ids, EPISODES.token_mask)).abs().mean()) < 0.1
 
 
+@pytest.mark.parametrize("multiple", [1, 6, 64])
+def test_tokens_come_in_multiples_and_padding_stands_for_none(multiple: int) -> None:
+    sizes = torch.tensor([2, 40, 3, 0])
+    laid_out, plain = packed.pack(sizes, 41, multiple), packed.pack(sizes, 41)
+    assert laid_out.padding == -49 % multiple and plain.padding == 0
+    assert laid_out.bands == (*plain.bands, *([(1, laid_out.padding)] if laid_out.padding else []))
+    assert torch.equal(laid_out.places, plain.places) and torch.equal(laid_out.find(plain.places), torch.arange(49))
+    given = laid_out.arguments(torch.arange(4 * 41).view(4, 41))
+    assert given["input_ids"].shape == given["position_ids"].shape == (1, 49 + laid_out.padding)
+    assert torch.equal(given["input_ids"][0, :49], plain.places) and not given["input_ids"][0, 49:].any()
+
+
+@pytest.mark.parametrize("frozen", [0, 1])
+def test_a_cpu_in_16_bits_computes_multiples_of_a_grain(frozen: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of blocks and logits alike, and all numbers are those of any other grain, frozen states (`Below`) included."""
+    model, seen = ours("llama-tied"), set()
+    assert trials.packs(CPU, model) and trials.has_plain_head(model, CPU)
+    for layer in (model.base_model.layers[-1].mlp.up_proj, model.lm_head):
+        layer.register_forward_hook(lambda _, inputs, out: seen.add(inputs[0].numel() // inputs[0].shape[-1]))
+
+    def found() -> Tensor:
+        seen.clear()
+        with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+            laid_out = forward.layout(model, EPISODES.ids, EPISODES.lengths)
+            states = hydra.below(model, EPISODES.ids, frozen, laid_out) if frozen else None
+            return forward.token_logprobs(model, EPISODES.ids, EPISODES.token_mask, below=states)
+
+    in_grains = found()
+    assert len(seen) == 2 and all(tokens % packed.GRAIN == 0 for tokens in seen)
+    monkeypatch.setattr(packed, "GRAIN", 1)
+    torch.testing.assert_close(found(), in_grains, rtol=1e-2, atol=1e-2)
+    assert all(tokens % 64 for tokens in seen)
+    with torch.no_grad():
+        forward.token_logprobs(model, EPISODES.ids, EPISODES.token_mask)  # float32 has no grain
+    assert packed.grain(CPU) == 1
+
+
 @pytest.mark.parametrize("why", ["capped scores", "a window", "another attention", "a leak", "no arguments"])
 def test_a_model_that_cannot_gets_rows(why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = ours("gemma2" if why == "capped scores" else "llama-tied")

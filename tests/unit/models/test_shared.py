@@ -5,7 +5,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from align.models import forward, shared, trials
+from align.models import forward, packed, shared, trials
 from align.models.attention import use_attend
 from align.models.heads import ScalarModel
 from align.models.trunk import Head
@@ -81,6 +81,31 @@ def test_scores_and_gradients_are_those_of_passes_apart(family: str, apart: bool
     for name, grad in found[0][1].items():
         # Norms are computed in float32 whatever the weights are.
         torch.testing.assert_close(grad, found[1][1][name], rtol=1e-5, atol=1e-6 * float(grad.abs().max()), msg=name)
+
+
+@pytest.mark.parametrize("apart", [True, False])
+def test_tokens_come_in_multiples_and_padding_changes_nothing(apart: bool) -> None:
+    model = scalar("llama-tied")
+    ids, lengths = sequences()
+    plain, filled = (shared.share(ids, lengths, PROMPTS, apart=apart, multiple=multiple) for multiple in (1, 16))
+    assert plain.ids.shape[1] % 16 and filled.ids.shape[1] == plain.ids.shape[1] + -plain.ids.shape[1] % 16
+    assert filled.positions.shape == filled.ids.shape and torch.equal(filled.last, plain.last)
+    with torch.no_grad():
+        found = [forward.final_scores_sharing(model, laid_out) for laid_out in (plain, filled)]
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def test_mixed_precision_on_a_cpu_computes_multiples() -> None:
+    module = RewardModule(model=scalar("llama-tied"), tokenizer=tiny.tokenizer(), optim=Optim(lr=1e-3))
+    seen: list[int] = []
+    module.model.hf.base_model.layers[0].register_forward_hook(lambda _, inputs, out: seen.append(inputs[0].shape[1]))
+    assert trials.shares_prompts(module.model.hf, torch.device("cpu"))
+    seen.clear()
+    with torch.no_grad():
+        module.rewards(*sequences(), PROMPTS)
+        with torch.autocast("cpu", torch.bfloat16):
+            module.rewards(*sequences(), PROMPTS)
+    assert seen[0] % packed.GRAIN and seen[1] % packed.GRAIN == 0
 
 
 def test_in_bfloat16_too() -> None:
