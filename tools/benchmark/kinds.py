@@ -97,7 +97,7 @@ KINDS: Mapping[str, Kind] = {
         contenders=(
             *_both(Contender("ours", OURS, "ours")),
             Contender(LOOP, PLAIN, "plain"),
-            Contender("TRL", TRL, "trl_trainers", ("defaults",), CURRENT_TRL),
+            *_both(Contender("TRL", TRL, "trl_trainers", ("defaults",), CURRENT_TRL)),
             *_both(
                 Contender(
                     "TRL, tuned",
