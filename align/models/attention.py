@@ -80,19 +80,32 @@ def _attend_in_bands(
 def _attend_to_shared(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, shared: SharedPrompts, **arguments: Any
 ) -> Tensor:
-    """What sequences begin with attends to itself, what each has of its own to both: cheaper than all to all."""
+    """What sequences begin with attends to itself, what each has of its own to both: cheaper than all to all.
+
+    Split as a whole, so that no part's gradient is as large as all.
+    """
 
     def at(values: Tensor, places: Tensor) -> Tensor:
-        return values[:, places].transpose(0, 1)
+        return _picked(values, places).transpose(1, 2)
 
+    sizes = [part.tokens for part in shared.parts]
+    sizes.append(query.shape[1] - sum(sizes))  # padding
     found = []
-    for part in shared.parts:
+    parts = zip(*(values.transpose(0, 1).split(sizes) for values in (query, key, value)), strict=True)
+    for part, (queries, keys, values) in zip(shared.parts, parts, strict=False):
         if part.beginnings.numel():
-            own = (at(values, part.beginnings) for values in (query, key, value))
+            own = (at(states, part.beginnings) for states in (queries, keys, values))
             found.append(attend(module, *own, attention_mask=None, **arguments)[0])
-        seen = (at(values, part.seen) for values in (key, value))
-        found.append(attend(module, at(query, part.own), *seen, attention_mask=part.mask, **arguments)[0])
-    return torch.cat([out.flatten(0, 1) for out in found])[None, shared.back]
+        seen = (at(states, part.seen) for states in (keys, values))
+        found.append(attend(module, at(queries, part.own), *seen, attention_mask=part.mask, **arguments)[0])
+    return _picked(torch.cat([out.flatten(0, 1) for out in found]), shared.back)[None]
+
+
+def _picked(values: Tensor, places: Tensor) -> Tensor:
+    """`values[places]`, whose gradient a CPU sums by one thread; that of `index_select` a GPU sums in any order."""
+    if values.device.type != "cpu":
+        return values[places]
+    return values.index_select(0, places.flatten()).unflatten(0, places.shape)
 
 
 def _attend_to_slots(

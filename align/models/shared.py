@@ -16,9 +16,11 @@ class Part:
     """Some prompts with their sequences, whose attention is computed at once.
 
     Axes: `prompts`; `common`, the most tokens that sequences of one prompt begin with alike; `sequences`; `own`, the
-    most that one has besides; `seen`, both together. Places are filled up with those of any token.
+    most that one has besides; `seen`, both together. Places are those in the part, filled up with any token's.
     """
 
+    tokens: int
+    """How many it has, which lie next to each other."""
     beginnings: Int[Tensor, "prompts common"]
     """Which tokens sequences of a prompt begin with."""
     own: Int[Tensor, "sequences own"]
@@ -67,8 +69,8 @@ def share(
     start = counts.cumsum(0) - counts
     parts, back, behind = [], torch.zeros_like(position), 0
     for rows in torch.arange(len(ids), device=ids.device).split(sizes.tolist() if apart else len(ids)):
-        part, where = _part(start[rows], is_first[rows], common[rows], lengths[rows], len(row))
-        here = slice(int(start[rows[0]]), int(start[rows[-1]] + counts[rows[-1]]))
+        part, where = _part(counts[rows], is_first[rows], common[rows], lengths[rows])
+        here = slice(first := int(start[rows[0]]), first + part.tokens)
         inside, own = row[here] - rows[0], position[here]
         back[here] = behind + where[inside, own]
         parts.append(part)
@@ -80,19 +82,18 @@ def share(
 
 
 def _part(
-    start: Int[Tensor, " sequences"],
+    counts: Int[Tensor, " sequences"],
     is_first: Bool[Tensor, " sequences"],
     common: Int[Tensor, " sequences"],
     lengths: Int[Tensor, " sequences"],
-    count: int,
 ) -> tuple[Part, Int[Tensor, "sequences time"]]:
-    """The part of some sequences, and where each of their tokens is in it.
+    """The part of some sequences, and where each of their tokens is in its `beginnings` and `own`.
 
     Args:
-        start: Where their kept tokens begin.
+        counts: How many tokens of each are kept.
         is_first, common, lengths: See `_beginnings`.
-        count: Of all tokens.
     """
+    start, count = counts.cumsum(0) - counts, int(counts.sum())
     longest, width, time = (int(numbers.max()) for numbers in (common, lengths - common, lengths))
     places = torch.arange(time, device=start.device)
     group = is_first.cumsum(0) - 1
@@ -101,6 +102,7 @@ def _part(
     own = ((start + torch.where(is_first, common, 0))[:, None] + places[:width]).clamp_max(count - 1)
     earlier = (places[:width] <= places[:width, None]).expand(len(start), -1, -1)
     part = Part(
+        tokens=count,
         beginnings=beginnings,
         own=own,
         seen=torch.cat([beginnings[group], own], dim=1),
