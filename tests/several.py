@@ -25,6 +25,10 @@ Without dropout, whose draws depend on the number of processes.
 """
 
 
+EXACT = "trainer.precision=32-true"
+"""Where numbers shall be equal but for float32's rounding; `auto` would be bfloat16 on some CPUs."""
+
+
 def prepare(folder: Path) -> None:
     """A tiny model and data; 161 examples of each kind, so that the last batch of 16 has a single one."""
     crash_runs.prepare(folder)
@@ -34,8 +38,8 @@ def prepare(folder: Path) -> None:
 
 
 def command(kind: str, world: Path, run: Path, *overrides: str) -> list[str]:
-    """A run that keeps all its checkpoints."""
-    keep = ["callbacks.checkpoints.keep=99", "overwrite=false"]
+    """A run in float32 that keeps all its checkpoints."""
+    keep = ["callbacks.checkpoints.keep=99", "overwrite=false", EXACT]
     return [*crash_runs.arguments(kind, world, 0), *STEPS[kind], *keep, f"run_dir={run}", *overrides]
 
 

@@ -8,6 +8,7 @@ import torch
 from e2e.test_ranks import assert_same, go_back, weights
 from peft import PeftModel
 from safetensors.torch import load_file
+from several import EXACT
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from align import checkpoints, export, fit
@@ -36,7 +37,7 @@ def command(kind: str, world: Path, run: Path, *overrides: str) -> list[str]:
     The reward stage, and PPO in 4 bits, adapt the last block alone.
     """
     words = crash_runs.arguments(kind[:7], world, 0)
-    keep = ["callbacks.checkpoints.keep=99", f"run_dir={run}", "module.optim.lr=1e-2"]
+    keep = ["callbacks.checkpoints.keep=99", f"run_dir={run}", "module.optim.lr=1e-2", EXACT]
     if kind in ("ppo-ptx", "ppo-ptx-head"):
         keep.append("module.policy.trained_blocks=null")
     if kind == "sft":
