@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from several import EXACT
 
 from align import fit
 from tools import crash_runs
@@ -45,7 +46,7 @@ def hosts() -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize("strategy", ["auto", "{_target_: align.strategy.FSDP}"])
 def test_two_hosts_train_what_one_process_trains(hosts: tuple[str, str], strategy: str, tmp_path: Path) -> None:
     crash_runs.prepare(tmp_path)
-    words = [*crash_runs.arguments("ppo-ptx", tmp_path, 0), "callbacks.ema=null"]
+    words = [*crash_runs.arguments("ppo-ptx", tmp_path, 0), "callbacks.ema=null", EXACT]
     assert fit.main([*words, f"run_dir={tmp_path / 'alone'}"]) == 0
     launcher = [
         sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--master-addr=10.77.0.1",
