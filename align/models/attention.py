@@ -41,7 +41,9 @@ def attend(
     slots: Slots | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa`, in float32 under CPU autocast; the form is that of its `AttentionInterface`.
+    """transformers' `sdpa`, in float32 under CPU autocast but for single tokens being written.
+
+    The form is that of its `AttentionInterface`.
 
     Args:
         module, query, key, value, attention_mask, arguments: See there.

@@ -229,7 +229,7 @@ def _at(
     return found.flatten(0, 1)[sent(places, ids.device)]
 
 
-def exactly(device: torch.device) -> contextlib.AbstractContextManager[object]:
+def _exactly(device: torch.device) -> contextlib.AbstractContextManager[object]:
     """No mixed precision inside the block."""
     known = torch.amp.is_autocast_available(device.type)
     return torch.autocast(device.type, enabled=False) if known else contextlib.nullcontext()
@@ -237,7 +237,7 @@ def exactly(device: torch.device) -> contextlib.AbstractContextManager[object]:
 
 def _scalar(model: ScalarModel, hidden: Float[Tensor, "places d"]) -> Float[Tensor, " places"]:
     head = model.head  # which may be in float32 on a trunk that is not, and stays so in mixed precision
-    with exactly(hidden.device):
+    with _exactly(hidden.device):
         return head(hidden.to(head.weight.dtype))[:, 0].float() - model.bias
 
 
