@@ -5,7 +5,9 @@ With a single process everything here is the identity. Knows torch's process gro
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -64,6 +66,29 @@ def group(accelerator: str) -> Iterator[None]:
     # Only where all went well: to end the group where something failed could wait for ranks that never come.
     total(torch.zeros(1))
     dist.destroy_process_group()
+    threads_at_rest()
+
+
+def threads_at_rest(seconds: float = 5.0) -> None:
+    """Waits, at most so long, until no other thread of this process computes.
+
+    gloo's threads outlive the group where anything still refers to it (a sharded model does), and one may yet have to
+    let go of a tensor of the last message. If Python ends before, it ends that thread too, in the midst of C++
+    (`TensorImpl::decref_pyobject` waits for the GIL), which aborts the process.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        time.sleep(0.005)  # lets in whoever waits for the GIL
+        tasks = (task for task in Path("/proc/self/task").glob("*/stat") if int(task.parent.name) != os.getpid())
+        if not any(_runs(task) for task in tasks) or time.monotonic() >= deadline:  # where there is no /proc: at once
+            return
+
+
+def _runs(task: Path) -> bool:
+    try:
+        return task.read_text().rpartition(")")[2].split()[0] in ("R", "D")  # running or ready to; see proc(5)
+    except (FileNotFoundError, ProcessLookupError):  # it has just ended
+        return False
 
 
 def local_world_size() -> int:
