@@ -19,6 +19,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf
 
 from align import atomic, distributed
+from align.allocator import keep_freed_memory
 from align.atomic import write_text
 from align.config import ConfigError
 from align.errors import RunError
@@ -62,6 +63,7 @@ def guarded(body: Callable[[], int | None], what: str) -> int:
         body: See `run`.
         what: The command, for the message.
     """
+    keep_freed_memory()
     if not gc.isenabled():  # `align/__init__.py` has seen to that
         gc.freeze()  # what has been imported stays
         gc.enable()

@@ -21,7 +21,7 @@ from align.modules.base import AlignModule
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYERS = (
-    ("types", "seeds", "paths", "bootstrap", "errors", "atomic", "formulas"),
+    ("types", "seeds", "paths", "bootstrap", "errors", "atomic", "allocator", "formulas"),
     ("distributed",),
     ("interrupt", "checkpoints", "metrics_file", "nonfinite"),
     ("paged", "blockwise"),

@@ -37,6 +37,7 @@ from align.models.adapters import LoRA
 from align.models.attention import use_attend
 from align.models.deferred import SINGLE
 from align.models.heads import ScalarModel, initialise_head
+from align.models.products import use_products
 from align.models.quantised import Bits
 from align.paths import ModelPath
 
@@ -379,6 +380,7 @@ def _ready(model: PreTrainedModel, gradient_checkpointing: bool) -> PreTrainedMo
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         # It makes the embeddings' output need gradients, for reentrant checkpoints; frozen blocks would compute them.
         model.disable_input_require_grads()
+    use_products(model)
     return model.train()
 
 

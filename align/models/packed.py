@@ -13,6 +13,8 @@ import torch
 from jaxtyping import Int, Shaped
 from torch import Tensor, nn
 
+from align.models import products
+
 CALL_TOKENS = 128
 """What a pass costs before its first token, in tokens: about 8 ms of Python for a model of four layers on two cores.
 
@@ -23,8 +25,8 @@ BAND_TOKENS = 16
 """What a band costs beside its tokens, in tokens: a call of attention and its backward pass in every block."""
 
 GRAIN = 64
-"""Tokens of a long row come in multiples of this where a CPU computes in 16 bits: oneDNN, which multiplies them there,
-prepares for every new shape, which takes as long as multiplying 2,048 tokens by a matrix."""
+"""Tokens of a long row come in multiples of this where a CPU multiplies by oneDNN (in 16 bits, or see
+`align.models.products`), which prepares for every new shape: that may take as long as 2,048 tokens times a matrix."""
 
 padded: "weakref.WeakSet[nn.Module]" = weakref.WeakSet()
 """Models that get rows filled up to their longest, whatever they could."""
@@ -68,7 +70,7 @@ class Packed:
 
 def grain(device: torch.device) -> int:
     """Of which number the tokens computed on a device shall be a multiple, in the arithmetic at hand."""
-    return GRAIN if device.type == "cpu" and torch.is_autocast_enabled("cpu") else 1
+    return GRAIN if device.type == "cpu" and (torch.is_autocast_enabled("cpu") or products.by_onednn()) else 1
 
 
 def pack(lengths: Int[Tensor, " batch"], time: int, multiple: int = 1) -> Packed:

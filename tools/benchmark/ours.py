@@ -16,6 +16,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from transformers import LlamaForCausalLM
 
+from align.allocator import keep_freed_memory
 from align.data.base import Encoded, compact, padded
 from align.data.comparisons import ComparisonData
 from align.data.demonstrations import DemonstrationData
@@ -125,6 +126,7 @@ def prepare(kind: str, setting: str, work: Work, precision: str) -> Callable[...
         work: The common work.
         precision: Of the Trainer; where there is none, of the sampler.
     """
+    keep_freed_memory()  # as every command of align does
     if kind == "sft":
         return _sft(work, precision)
     if kind == "growth":
