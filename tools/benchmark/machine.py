@@ -56,8 +56,8 @@ def prepare(kind: str, setting: str, work: Work, precision: str) -> Callable[...
         units = 2 * ROWS * matrix.numel()
         found = [repeated(lambda: torch.mm(tokens, matrix, out=out), units)]
         if matrix.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-            other = matrix.t().contiguous()
-            found.append(repeated(lambda: torch.ops.mkldnn._linear_pointwise(tokens, other, None, "none", [], ""), units))
+            turned, multiply = matrix.t().contiguous(), torch.ops.mkldnn._linear_pointwise
+            found.append(repeated(lambda: multiply(tokens, turned, None, "none", [], ""), units))
         return max(found, key=lambda one: one.rate)
 
     return turn
