@@ -5,6 +5,7 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["ALIGN_PRODUCTS"] = "torch"  # on every CPU; tests/unit/models/test_products.py has the other library
 
 from jaxtyping import install_import_hook
 

@@ -64,12 +64,12 @@ def multiply(
     count = inputs.numel() * len(weight)
     if mixed or not inputs.dtype == weight.dtype == torch.float32 or count < LEAST or torch.compiler.is_compiling():
         return nn.functional.linear(inputs, weight, bias)
-    rows = inputs.flatten(0, -2)
+    rows = inputs.reshape(-1, inputs.shape[-1])
     if torch.is_grad_enabled():
         found: Tensor = _Multiply.apply(rows, weight, bias)  # type: ignore[no-untyped-call]
     else:
         found = _onednn(rows, weight, bias)
-    return found.unflatten(0, inputs.shape[:-1])
+    return found.view(*inputs.shape[:-1], len(weight))
 
 
 def _onednn(

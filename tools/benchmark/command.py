@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--precision",
         default=",".join(fast),
-        help=f"of {','.join(PRECISIONS)} (default: {FLOAT32}, and {BFLOAT16} on a CPU with matrix units for it)",
+        help=f"of {','.join(PRECISIONS)} (default: {FLOAT32}, and {BFLOAT16} on a CPU with units for it)",
     )
     parser.add_argument("--turns", type=_positive, help="turns of each contender that count (default: 5, of PPO 3)")
     parser.add_argument(
