@@ -4,6 +4,8 @@ from typing import Literal
 
 import torch
 
+from align.models.products import has_matrix_units
+
 Precision = Literal["bf16-mixed", "32-true"]
 
 
@@ -27,5 +29,5 @@ def multiplies_bfloat16() -> bool:
     With the first it multiplied them four to seven times as fast as float32, with the second twice. False where this
     version of torch does not tell.
     """
-    asked = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(supported is not None and supported() for supported in asked)
+    vectors = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return has_matrix_units() or (vectors is not None and vectors())

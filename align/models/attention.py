@@ -118,11 +118,11 @@ def _attend_to_slots(
     if isinstance(slots, GroupedSlots):
         return attend_in_groups(query, key, value, module.layer_idx, slots, arguments.get("scaling"))  # type: ignore[arg-type]
     found = []
-    with torch.autocast(query.device.type, enabled=False):  # in 16 bits if they are kept so, on CPUs too: no gradients
+    with torch.autocast(query.device.type, enabled=False):  # in what they are kept in: there are no gradients
         for rows, keys, values, mask in slots.put(module.layer_idx, key, value):  # type: ignore[arg-type]
             asked = query[rows].to(keys.dtype)
             found.append(sdpa_attention_forward(module, asked, keys, values, mask, **arguments)[0])
-    return torch.cat(found)
+    return torch.cat(found).to(value.dtype)
 
 
 def looks_all_the_way(model: PreTrainedModel) -> bool:

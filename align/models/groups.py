@@ -125,12 +125,14 @@ class GroupedSlots(Slots):
     ) -> None:
         """Keeps what a layer computed of whole prompts."""
         assert isinstance(self.filling, Beginnings)
-        self.filling.layers[layer] = (self.alike(keys, values).contiguous(), values.contiguous())
+        keys, values = self.kept(keys, values)
+        self.filling.layers[layer] = (keys.contiguous(), values.contiguous())
 
     @staticmethod
-    def alike(keys: Tensor, values: Tensor) -> Tensor:
-        """See `Slots`. On a CPU as they come, since `attend_in_groups` wants them in float32."""
-        return keys if keys.device.type == "cpu" else keys.to(values.dtype)
+    def kept(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """See `Slots`. On a CPU keys stay in float32 in any case, since `attend_in_groups` wants them so."""
+        as_slots = Slots.kept(keys, values)
+        return (keys if keys.device.type == "cpu" else as_slots[0]), as_slots[1]
 
     def in_parts(self, layer: int) -> Iterator[tuple[slice, Beginnings, Tensor, Tensor]]:
         """Run after run of prompts: their rows, and a layer's keys and values of them."""

@@ -48,6 +48,12 @@ def _faster_by_onednn() -> bool:
     return wide and "AuthenticAMD" in maker
 
 
+def has_matrix_units() -> bool:
+    """Whether this CPU has units for products of 16-bit matrices (AMX); False where this torch does not tell."""
+    supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and supported()
+
+
 def use_products(model: nn.Module) -> None:
     """Lets a model's linear layers compute by `by_onednn`; layers of other kinds, such as quantised ones, stay."""
     if by_onednn():

@@ -14,6 +14,8 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from align.models.products import has_matrix_units
+
 GROWTH = 256
 """Tokens to write before the rows are laid out anew."""
 
@@ -147,14 +149,19 @@ class Slots:
         self, layer: int, keys: Float[Tensor, "_ heads _ dim"], values: Float[Tensor, "_ heads _ dim"]
     ) -> list[Float[Tensor, "capacity heads width dim"]]:
         if layer not in self._layers:
-            self._layers[layer] = [self._empty(self.alike(keys, values)), self._empty(values)]
+            self._layers[layer] = [self._empty(part) for part in self.kept(keys, values)]
         return self._layers[layer]
 
     @staticmethod
-    def alike(keys: Tensor, values: Tensor) -> Tensor:
-        """The keys, in the number format in which they are kept."""
-        # In mixed precision they come in float32, having been rotated; attention would round all for every token.
-        return keys.to(values.dtype)
+    def kept(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values in the number format in which they are kept: that of the values.
+
+        But in float32 where a CPU has no matrix units: there attention in 16 bits takes two to four times as long.
+        """
+        if values.device.type == "cpu" and not has_matrix_units():
+            return keys.to(larger := torch.promote_types(values.dtype, torch.float32)), values.to(larger)
+        # In mixed precision keys come in float32, having been rotated; attention would round all for every token.
+        return keys.to(values.dtype), values
 
 
 def _bands(lengths: list[int]) -> Iterator[tuple[int, int, int]]:
