@@ -5,6 +5,7 @@ output belongs to the answers.
 """
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -54,7 +55,11 @@ def serve(requests: TextIO, answers: TextIO) -> None:
 
 
 def _give_back() -> None:
-    """Returns freed memory to the system, where the C library can: processes of all contenders are there at once."""
+    """Returns memory to the system, where the C library can: processes of all contenders are there at once.
+
+    Also what a turn's trainer has left in cycles, which would otherwise count as the next turn's memory.
+    """
+    gc.collect()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
