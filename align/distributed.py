@@ -62,11 +62,13 @@ def group(accelerator: str) -> Iterator[None]:
     dist.init_process_group(
         ON_GPUS if on_gpu else "gloo", rank=started_by.global_rank(), world_size=started_by.world_size()
     )
-    yield
-    # Only where all went well: to end the group where something failed could wait for ranks that never come.
-    total(torch.zeros(1))
-    dist.destroy_process_group()
-    threads_at_rest()
+    try:
+        yield
+        # Only where all went well: to end the group where something failed could wait for ranks that never come.
+        total(torch.zeros(1))
+        dist.destroy_process_group()
+    finally:
+        threads_at_rest()
 
 
 def threads_at_rest(seconds: float = 5.0) -> None:
