@@ -159,7 +159,8 @@ class Slots:
         But in float32 where a CPU has no matrix units: there attention in 16 bits takes two to four times as long.
         """
         if values.device.type == "cpu" and not has_matrix_units():
-            return keys.to(larger := torch.promote_types(values.dtype, torch.float32)), values.to(larger)
+            kind = torch.promote_types(values.dtype, torch.float32)
+            return keys.to(kind), values.to(kind)
         # In mixed precision keys come in float32, having been rotated; attention would round all for every token.
         return keys.to(values.dtype), values
 
