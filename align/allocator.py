@@ -9,10 +9,10 @@ M_MMAP_THRESHOLD = -3
 """What glibc's malloc.h calls its settings."""
 
 KEPT = 2**31 - 1
-"""Bytes of free memory that are kept."""
+"""Bytes of free memory that are kept: the largest int."""
 
 LARGEST = 2**25
-"""Bytes of the largest piece that is. Neither could be more: glibc refuses it."""
+"""Bytes of the largest piece that is: to this glibc lets its own threshold grow, see mallopt(3)."""
 
 
 def keep_freed_memory() -> bool:
