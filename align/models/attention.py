@@ -1,12 +1,12 @@
-"""transformers' `sdpa` attention with additions: for CPUs in mixed precision, for shared prompts, and for writing.
-
-Under bfloat16 autocast the backward pass of `scaled_dot_product_attention` takes up to six times as long on a CPU as
-in float32 (PyTorch 2.13, AMX; 64 sequences of 32 tokens). With attention alone in float32, a model of 256 hidden units
-learns 1.6 times as fast as in float32 throughout.
+"""transformers' `sdpa` attention with additions: for CPUs, for shared prompts, and for writing.
 
 Sequences come end to end (`align.models.packed`), or with one prompt for several answers (`align.models.shared`): all
 that is computed token by token sees next to no padding, and only here they are laid out. Sequences that are being
 written keep keys and values in `Slots`.
+
+On CPUs that suit it short sequences do without `scaled_dot_product_attention` (`align.models.dense`). Under bfloat16
+autocast its backward pass takes up to six times as long on a CPU as in float32 (PyTorch 2.13, AMX; 64 sequences of 32
+tokens), so where it is used it computes in float32.
 """
 
 import contextlib
@@ -19,9 +19,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from align.models.dense import LONGEST, arithmetic, attend_densely, suits_cpu
 from align.models.groups import GroupedSlots, attend_in_groups
 from align.models.packed import Packed
-from align.models.shared import SharedPrompts
+from align.models.shared import Band, SharedPrompts
 from align.models.slots import Slots
 
 NAME = "align_sdpa"
@@ -74,40 +75,61 @@ def _attend_in_bands(
     found = []
     for band, *own in zip(packed.bands, *(values.split(sizes, dim=1) for values in (query, key, value)), strict=True):
         apart = (values.unflatten(1, band).transpose(0, 1) for values in own)
-        found.append(attend(module, *apart, attention_mask=None, **arguments)[0].flatten(0, 1))
+        found.append(_attend_causally(module, *apart, **arguments).flatten(0, 1))
     return torch.cat(found)[None]
+
+
+def _attend_causally(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
+    """Each token to those before it and itself, where queries are those of the last tokens.
+
+    Short sequences as `align.models.dense` has it, on CPUs that suit it.
+    """
+    suits = query.device.type == "cpu" and suits_cpu() and not torch.compiler.is_compiling()
+    if suits and key.shape[2] <= LONGEST.get(arithmetic(query), 0) and _is_plain(module, arguments):
+        return attend_densely(query, key, value, arguments.get("scaling"))
+    mask = None
+    if key.shape[2] > query.shape[2]:
+        mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
+        mask = mask.tril(key.shape[2] - query.shape[2])[None, None]
+    return attend(module, query, key, value, attention_mask=mask, **arguments)[0]
+
+
+def _is_plain(module: nn.Module, arguments: dict[str, Any]) -> bool:
+    """Whether nothing is asked of attention but that it be causal and scaled."""
+    is_causal = arguments.get("is_causal")
+    return (
+        bool(getattr(module, "is_causal", True) if is_causal is None else is_causal)
+        and not arguments.get("dropout")
+        and all(arguments.get(name) is None for name in ("position_bias", "softcap", "cache"))
+    )
 
 
 @torch.compiler.disable(reason="it would be compiled anew for each number of prompts")
 def _attend_to_shared(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, shared: SharedPrompts, **arguments: Any
 ) -> Tensor:
-    """What sequences begin with attends to itself, what each has of its own to both: cheaper than all to all.
-
-    Split as a whole, so that no part's gradient is as large as all.
-    """
-
-    def at(values: Tensor, places: Tensor) -> Tensor:
-        return _picked(values, places).transpose(1, 2)
-
-    sizes = [part.tokens for part in shared.parts]
-    sizes.append(query.shape[1] - sum(sizes))  # padding
+    """What sequences begin with attends to itself, what each has of its own to both: cheaper than all to all."""
+    sizes = [size for part in shared.parts for size in part.sizes]
+    sizes.append(padding := query.shape[1] - sum(sizes))
+    pieces = zip(*(values.split(sizes, dim=1) for values in (query, key, value)), strict=True)
     found = []
-    parts = zip(*(values.transpose(0, 1).split(sizes) for values in (query, key, value)), strict=True)
-    for part, (queries, keys, values) in zip(shared.parts, parts, strict=False):
-        if part.beginnings.numel():
-            own = (at(states, part.beginnings) for states in (queries, keys, values))
-            found.append(attend(module, *own, attention_mask=None, **arguments)[0])
-        seen = (at(states, part.seen) for states in (keys, values))
-        found.append(attend(module, at(queries, part.own), *seen, attention_mask=part.mask, **arguments)[0])
-    return _picked(torch.cat([out.flatten(0, 1) for out in found]), shared.back)[None]
+    for part in shared.parts:
+        begun = [values.unflatten(1, (part.prompts, part.common)).transpose(0, 1) for values in next(pieces)]
+        if part.common:
+            found.append(_attend_causally(module, *begun, **arguments).flatten(0, 1))
+        for band in part.bands:
+            asked, *own = (values.unflatten(1, (band.sequences, band.width)).transpose(0, 1) for values in next(pieces))
+            seen = [torch.cat([_of_each(band, *both), both[1]], dim=2) for both in zip(begun[1:], own, strict=True)]
+            if band.mask is None:
+                found.append(_attend_causally(module, asked, *seen, **arguments).flatten(0, 1))
+            else:
+                found.append(attend(module, asked, *seen, attention_mask=band.mask, **arguments)[0].flatten(0, 1))
+    return nn.functional.pad(torch.cat(found), (0, 0, 0, 0, 0, padding))[None]
 
 
-def _picked(values: Tensor, places: Tensor) -> Tensor:
-    """`values[places]`, whose gradient a CPU sums by one thread; that of `index_select` a GPU sums in any order."""
-    if values.device.type != "cpu":
-        return values[places]
-    return values.index_select(0, places.flatten()).unflatten(0, places.shape)
+def _of_each(band: Band, begun: Tensor, own: Tensor) -> Tensor:
+    """What is known of the tokens that a band's sequences begin with, for each of them."""
+    return begun.expand(len(own), -1, -1, -1) if band.mask is None else begun[band.prompt]
 
 
 def _attend_to_slots(

@@ -1,7 +1,8 @@
 """Answers behind one prompt in a single pass: the prompt's tokens are computed once, not once for each answer.
 
-Sequences are laid out flat, each prompt once and behind it what its sequences have of their own. A token attends to
-what stands before it in its own sequence, so it has the hidden state of a pass of its own, to rounding.
+Sequences lie end to end, each prompt once and behind it what its sequences have of their own, in bands of like lengths
+(`align.models.packed`): all of it is read without being copied. A token attends to what stands before it in its own
+sequence, so it has the hidden state of a pass of its own, to rounding.
 """
 
 from dataclasses import dataclass
@@ -10,25 +11,38 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor, nn
 
+from align.models.packed import bands_of
+
+
+@dataclass(frozen=True)
+class Band:
+    """Sequences without their common beginnings, filled up to the longest.
+
+    Axes: `sequences`; `own`, tokens of each; `seen`, these and those that its part's sequences begin with.
+    """
+
+    sequences: int
+    width: int
+    """Tokens of each."""
+    prompt: Int[Tensor, " sequences"]
+    """Which of the part's prompts each has."""
+    mask: Bool[Tensor, "sequences one own seen"] | None
+    """True: the first attends to the second. None: to all that stands before it, since there is one prompt."""
+
 
 @dataclass(frozen=True)
 class Part:
-    """Some prompts with their sequences, whose attention is computed at once.
+    """Some prompts with their sequences, whose attention is computed together."""
 
-    Axes: `prompts`; `common`, the most tokens that sequences of one prompt begin with alike; `sequences`; `own`, the
-    most that one has besides; `seen`, both together. Places are those in the part, filled up with any token's.
-    """
+    prompts: int
+    common: int
+    """The most tokens that sequences of one prompt begin with alike; each prompt is filled up to as many."""
+    bands: tuple[Band, ...]
 
-    tokens: int
-    """How many it has, which lie next to each other."""
-    beginnings: Int[Tensor, "prompts common"]
-    """Which tokens sequences of a prompt begin with."""
-    own: Int[Tensor, "sequences own"]
-    """Which tokens a sequence has of its own."""
-    seen: Int[Tensor, "sequences seen"]
-    """The tokens of both kinds in a sequence."""
-    mask: Bool[Tensor, "sequences one own seen"]
-    """True: the first attends to the second."""
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of what sequences begin with, then of each band."""
+        return [self.prompts * self.common, *(band.sequences * band.width for band in self.bands)]
 
 
 @dataclass(frozen=True)
@@ -38,8 +52,7 @@ class SharedPrompts:
     ids: Int[Tensor, "one tokens"]
     positions: Int[Tensor, "one tokens"]
     parts: tuple[Part, ...]
-    back: Int[Tensor, " tokens"]
-    """Where each token is in the parts' `beginnings` and `own`, one behind the other, flattened."""
+    """One behind the other; what comes after them is padding."""
     last: Int[Tensor, " batch"]
     """The last token of each sequence."""
 
@@ -55,68 +68,56 @@ def share(
     """Lays sequences out so that what those of one prompt begin with alike is there once.
 
     Args:
-        ids: Right-padded.
+        ids: Right-padded; on the CPU, like all others.
         lengths: Tokens of each sequence.
         prompt_index: Equal for sequences of one prompt, which stand together.
         apart: Each prompt is a part, so that none is filled up to another's length; more calls of attention.
         multiple: Of the tokens computed (`align.models.packed.grain`); those that stand for nothing come last.
     """
-    places = torch.arange(ids.shape[1], device=ids.device)
-    _, is_first, common, sizes = _beginnings(ids, lengths, prompt_index)
-    kept = (places < lengths[:, None]) & (is_first[:, None] | (places >= common[:, None]))
-    position, row = places.expand_as(ids)[kept], torch.arange(len(ids), device=ids.device)[:, None].expand_as(ids)[kept]
-    counts = kept.sum(1)
-    start = counts.cumsum(0) - counts
-    parts, back, behind = [], torch.zeros_like(position), 0
-    for rows in torch.arange(len(ids), device=ids.device).split(sizes.tolist() if apart else len(ids)):
-        part, where = _part(counts[rows], is_first[rows], common[rows], lengths[rows])
-        here = slice(first := int(start[rows[0]]), first + part.tokens)
-        inside, own = row[here] - rows[0], position[here]
-        back[here] = behind + where[inside, own]
-        parts.append(part)
-        behind += part.beginnings.numel() + part.own.numel()
-    tokens, position, back = (
-        nn.functional.pad(numbers, (0, -len(numbers) % multiple)) for numbers in (ids[kept], position, back)
+    group, is_first, common, sizes = _beginnings(ids, lengths, prompt_index)
+    firsts = is_first.nonzero()[:, 0]
+    prompts = torch.arange(len(sizes))
+    together = prompts.split(1) if apart else [picked for picked, _ in bands_of(common[firsts])]
+    parts: list[Part] = []
+    places: list[Tensor] = []  # in the flattened batch, of one beginning or band after the other
+    last = torch.empty_like(lengths)
+    for picked in together:
+        longest = int(common[firsts[picked]].max())
+        places.append(_places(firsts[picked], torch.zeros_like(picked), longest, ids.shape[1]))
+        bands = []
+        members = torch.isin(group, picked).nonzero()[:, 0]
+        for which, width in bands_of((lengths - common)[members]):
+            rows = members[which]
+            own = (group[rows, None] == picked).int().argmax(1)
+            mask = _mask(common[rows], longest, width) if len(picked) > 1 else None
+            bands.append(Band(len(rows), width, own, mask))
+            last[rows] = sum(map(len, places)) + torch.arange(len(rows)) * width + (lengths - common)[rows] - 1
+            places.append(_places(rows, common[rows], width, ids.shape[1]))
+        parts.append(Part(len(picked), longest, tuple(bands)))
+    flat = torch.cat(places)
+    tokens, positions = (
+        nn.functional.pad(numbers, (0, -len(numbers) % multiple))[None]
+        for numbers in (ids.flatten()[flat], flat % ids.shape[1])
     )
-    return SharedPrompts(tokens[None], position[None], tuple(parts), back, counts.cumsum(0) - 1)
+    return SharedPrompts(tokens, positions, tuple(parts), last)
 
 
-def _part(
-    counts: Int[Tensor, " sequences"],
-    is_first: Bool[Tensor, " sequences"],
-    common: Int[Tensor, " sequences"],
-    lengths: Int[Tensor, " sequences"],
-) -> tuple[Part, Int[Tensor, "sequences time"]]:
-    """The part of some sequences, and where each of their tokens is in its `beginnings` and `own`.
+def _places(rows: Int[Tensor, " rows"], start: Int[Tensor, " rows"], count: int, time: int) -> Int[Tensor, " tokens"]:
+    """So many tokens of each row of the flattened batch; those behind a row's end are any."""
+    return (rows[:, None] * time + (start[:, None] + torch.arange(count)).clamp_max(time - 1)).flatten()
 
-    Args:
-        counts: How many tokens of each are kept.
-        is_first, common, lengths: See `_beginnings`.
-    """
-    start, count = counts.cumsum(0) - counts, int(counts.sum())
-    longest, width, time = (int(numbers.max()) for numbers in (common, lengths - common, lengths))
-    places = torch.arange(time, device=start.device)
-    group = is_first.cumsum(0) - 1
-    inside = places[:longest] < common[:, None]
-    beginnings = torch.where(inside, start[:, None] + places[:longest], 0)[is_first]
-    own = ((start + torch.where(is_first, common, 0))[:, None] + places[:width]).clamp_max(count - 1)
-    earlier = (places[:width] <= places[:width, None]).expand(len(start), -1, -1)
-    part = Part(
-        tokens=count,
-        beginnings=beginnings,
-        own=own,
-        seen=torch.cat([beginnings[group], own], dim=1),
-        mask=torch.cat([inside[:, None].expand(-1, width, -1), earlier], dim=2)[:, None],
-    )
-    rows = torch.arange(len(start), device=start.device)[:, None]
-    behind = beginnings.numel() + rows * width + places - common[:, None]
-    return part, torch.where(places < common[:, None], group[:, None] * longest + places, behind)
+
+def _mask(common: Int[Tensor, " sequences"], longest: int, width: int) -> Bool[Tensor, "sequences one own seen"]:
+    """Who of a band attends to whom, where prompts have been filled up to the longest."""
+    prompt = (torch.arange(longest) < common[:, None])[:, None].expand(-1, width, -1)
+    own = torch.ones(width, width, dtype=torch.bool).tril().expand(len(common), -1, -1)
+    return torch.cat([prompt, own], dim=2)[:, None]
 
 
 def tokens(
     ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"], prompt_index: Int[Tensor, " batch"]
 ) -> Int[Tensor, " batch"]:
-    """How many tokens `share` computes for each sequence; the first of a prompt has the common ones."""
+    """How many tokens each sequence needs computed; the first of a prompt has the common ones."""
     _, is_first, common, _ = _beginnings(ids, lengths, prompt_index)
     return torch.where(is_first, lengths, lengths - common)
 

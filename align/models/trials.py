@@ -99,11 +99,11 @@ def shares_prompts(model: PreTrainedModel, device: torch.device) -> bool:
 
 
 def _shares(model: PreTrainedModel, device: torch.device) -> bool:
-    ids = torch.tensor([[1, 2, 3, 0, 0], [1, 2, 0, 3, 1], [2, 3, 1, 0, 0]], device=device)
-    lengths, prompts = torch.tensor([3, 5, 4], device=device), torch.tensor([0, 0, 1], device=device)
-    laid_out = shared.share(ids, lengths, prompts, apart=True)
+    ids = torch.tensor([[1, 2, 3, 0, 0], [1, 2, 0, 3, 1], [2, 3, 1, 0, 0]])
+    lengths = torch.tensor([3, 5, 4])
+    laid_out = sent(shared.share(ids, lengths, torch.tensor([0, 0, 1]), apart=True), device)
     with torch.no_grad(), evaluating(model), sharding.gathered(model), compiled.off():
-        apart = sharding.run(model, hidden, ids)[torch.arange(3, device=device), lengths - 1].float()
+        apart = sharding.run(model, hidden, ids.to(device))[torch.arange(3), lengths - 1].float()
         try:
             together = sharding.run(model, shared_hidden, laid_out)[laid_out.last].float()
         except (TypeError, ValueError, RuntimeError):  # it takes no such arguments, or not in this form

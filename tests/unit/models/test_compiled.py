@@ -11,7 +11,7 @@ from compiling import afresh, graphs, model, text
 
 from align.data.comparisons import ComparisonData
 from align.data.demonstrations import DemonstrationData
-from align.models import compiled, forward, sharding
+from align.models import compiled, forward, packed, sharding
 from align.models.attention import use_attend
 from align.modules.reward import RewardModule
 from align.modules.sft import SFTModule
@@ -45,6 +45,8 @@ def test_names_copies_and_numbers_stay_what_they_are() -> None:
     expected = forward.token_logprobs(plain, ids, mask)
     assert torch.equal(forward.token_logprobs(copy.deepcopy(ours), ids, mask), expected)
     assert graphs() == 0, "a copy is compiled too"
+    packed.padded.add(plain)  # as blocks are that shall be compiled
+    expected = forward.token_logprobs(plain, ids, mask)
     with compiled.off():
         assert torch.equal(forward.token_logprobs(ours, ids, mask), expected)
     assert graphs() == 0, "off has no effect"

@@ -183,8 +183,9 @@ def test_states_of_frozen_blocks_are_the_rows_own(lies: bool) -> None:
     assert not torch.allclose(wrong, whole, rtol=1e-2, atol=1e-2)
 
 
-def test_attention_is_in_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_by_torch_is_in_float32_under_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     model, kinds = ours("llama-tied"), set()
+    monkeypatch.setattr(attention, "suits_cpu", lambda: False)
     original = attention.sdpa_attention_forward
     assert trials.packs(CPU, model)
 

@@ -38,26 +38,50 @@ def scalar(family: str) -> ScalarModel:
 def test_each_prompt_is_laid_out_once() -> None:
     ids, lengths = sequences()
     found = shared.share(ids, lengths, PROMPTS, apart=True)
-    assert found.ids.shape == (1, 9 + 3 + 8 + 5 + 6 + 3 + 4) == (1, int(shared.tokens(ids, lengths, PROMPTS).sum()))
+    # Of the first prompt the beginning, then what its answers have of their own, longest first, filled up.
+    assert [(part.prompts, part.common) for part in found.parts] == [(1, 4), (1, 0), (1, 5), (1, 0)]
+    bands = [[(band.sequences, band.width) for band in part.bands] for part in found.parts]
+    assert bands == [[(3, 8)], [(1, 5)], [(2, 3)], [(1, 4)]]
+    assert found.ids.shape == (1, 4 + 3 * 8 + 5 + 5 + 2 * 3 + 4)
+    assert int(shared.tokens(ids, lengths, PROMPTS).sum()) == 9 + 3 + 8 + 5 + 6 + 3 + 4
     assert found.ids[0, found.last].tolist() == ids[torch.arange(7), lengths - 1].tolist()
     assert found.positions[0, found.last].tolist() == (lengths - 1).tolist()
-    second = found.ids[0, 9:12]
-    assert second.tolist() == ids[1, 4:7].tolist() and found.positions[0, 9:12].tolist() == [4, 5, 6]
-    # The second answer's first token attends to the prompt and itself, not to the first answer.
-    assert [part.tokens for part in found.parts] == [9 + 3 + 8, 5, 6 + 3, 4]
-    part = found.parts[0]
-    assert part.own[1, 0] == 9 and part.seen[1][part.mask[1, 0, 0]].tolist() == [0, 1, 2, 3, 9]
-    # The fifth sequence is the first of its prompt, and of the third part; its last token sees all of it.
-    part = found.parts[2]
-    assert part.seen[0][part.mask[0, 0, 0]].tolist() == [0, 1, 2, 3, 4, 5]
+    assert found.ids[0, :12].tolist() == [*ids[0, :4].tolist(), *ids[2, 4:].tolist()]
+    assert found.positions[0, :12].tolist() == list(range(12))
+    assert found.ids[0, 12:17].tolist() == ids[0, 4:9].tolist()
+    assert found.positions[0, 12:17].tolist() == [4, 5, 6, 7, 8]
+    assert found.last.tolist() == [16, 22, 11, 32, 41, 40, 47]
+
+
+def test_several_prompts_are_a_part_whose_mask_hides_the_padding() -> None:
+    ids, lengths = sequences()
+    part = shared.share(ids, lengths, PROMPTS, apart=False).parts[0]
+    assert (part.prompts, part.common) == (4, 5)  # of 5, 4 and 0 tokens, and 0 again, filled up
+    bands = [(band.sequences, band.width, band.prompt.tolist()) for band in part.bands]
+    assert bands == [(1, 8, [1]), (6, 5, [1, 2, 3, 1, 0, 0])]
+    for band in part.bands:
+        assert band.mask is not None
+        for mask, prompt in zip(band.mask[:, 0, 2], band.prompt, strict=True):
+            common = [5, 4, 0, 0][int(prompt)]
+            seen = [*([True] * common), *([False] * (5 - common)), *([True] * 3), *([False] * (band.width - 3))]
+            assert mask.tolist() == seen
+
+
+def test_answers_of_like_length_are_a_band() -> None:
+    lengths = torch.tensor([90, 32, 31, 89])
+    found = shared.share(torch.arange(360).view(4, 90), lengths, torch.zeros(4, dtype=torch.long), apart=True)
+    (part,) = found.parts
+    assert (part.common, [(band.sequences, band.width) for band in part.bands]) == (0, [(2, 90), (2, 32)])
+    assert found.last.tolist() == [89, 211, 242, 178]
 
 
 def test_a_sequence_always_keeps_a_token_of_its_own() -> None:
     ids = torch.tensor([[3, 4, 5, 6], [3, 4, 5, 0], [3, 4, 5, 6]])
     lengths = torch.tensor([4, 3, 4])
     found = shared.share(ids, lengths, torch.zeros(3, dtype=torch.long), apart=False)
-    assert found.positions[0].tolist() == [0, 1, 2, 3, 2, 2, 3]
+    assert found.positions[0].tolist() == [0, 1, 2, 3, 2, 3, 2, 3]
     assert found.positions[0, found.last].tolist() == [3, 2, 3]
+    assert found.last.tolist() == [3, 6, 5]
 
 
 @pytest.mark.parametrize("apart", [True, False])
@@ -87,8 +111,8 @@ def test_scores_and_gradients_are_those_of_passes_apart(family: str, apart: bool
 def test_tokens_come_in_multiples_and_padding_changes_nothing(apart: bool) -> None:
     model = scalar("llama-tied")
     ids, lengths = sequences()
-    plain, filled = (shared.share(ids, lengths, PROMPTS, apart=apart, multiple=multiple) for multiple in (1, 16))
-    assert plain.ids.shape[1] % 16 and filled.ids.shape[1] == plain.ids.shape[1] + -plain.ids.shape[1] % 16
+    plain, filled = (shared.share(ids, lengths, PROMPTS, apart=apart, multiple=multiple) for multiple in (1, 20))
+    assert plain.ids.shape[1] % 20 and filled.ids.shape[1] == plain.ids.shape[1] + -plain.ids.shape[1] % 20
     assert filled.positions.shape == filled.ids.shape and torch.equal(filled.last, plain.last)
     with torch.no_grad():
         found = [forward.final_scores_sharing(model, laid_out) for laid_out in (plain, filled)]
