@@ -61,8 +61,9 @@ class Size:
         hidden, layers, heads, inner, vocab: Shape of all models: a Llama with untied embeddings.
         positions: The longest sequence it takes.
         prompt, response: Lengths. `response.high` is the limit of new tokens as well.
-        batch, steps: Examples of one optimizer step of SFT, and steps of one turn.
-        compared: Answers to a prompt -> prompts of one optimizer step of the reward model, which is a turn.
+        batch: Examples of one optimizer step of SFT.
+        compared: Answers to a prompt -> prompts of one optimizer step of the reward model.
+        steps: Of one turn, of both.
         episodes, epochs: Of one rollout of PPO, which is a turn; every epoch is one optimizer step.
         prompts: Answered in one turn where only the sampler is measured.
     """
@@ -213,7 +214,7 @@ def _responses(size: Size, count: int, draw: random.Random) -> list[list[int]]:
 
 
 def _comparisons(size: Size, count: int, draw: random.Random) -> list[dict[str, Any]]:
-    prompts = _prompts(size, size.compared[count], draw)
+    prompts = _prompts(size, size.compared[count] * size.steps, draw)
     responses = iter(_responses(size, count * len(prompts), draw))
     return [
         {

@@ -4,7 +4,6 @@ Started by the benchmark in the environment of a contender. What libraries print
 output belongs to the answers.
 """
 
-import ctypes
 import gc
 import importlib
 import json
@@ -47,22 +46,11 @@ def serve(requests: TextIO, answers: TextIO) -> None:
         elif request["do"] == "turn":
             assert job is not None, "nothing was prepared"
             answer = job(**request["arguments"]).asdict()
-            _give_back()
+            gc.collect()  # what a turn's trainer has left in cycles would count as the next turn's memory
         else:
             answer = {"memory": _peak()}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
-
-
-def _give_back() -> None:
-    """Returns memory to the system, where the C library can: processes of all contenders are there at once.
-
-    Also what a turn's trainer has left in cycles, which would otherwise count as the next turn's memory.
-    """
-    gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _peak() -> int:
