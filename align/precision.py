@@ -4,7 +4,7 @@ from typing import Literal
 
 import torch
 
-from align.models.products import has_matrix_units
+from align.models.products import has_bfloat16_vectors, has_matrix_units
 
 Precision = Literal["bf16-mixed", "32-true"]
 
@@ -29,5 +29,4 @@ def multiplies_bfloat16() -> bool:
     With the first it multiplied them four to seven times as fast as float32, with the second twice. False where this
     version of torch does not tell.
     """
-    vectors = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return has_matrix_units() or (vectors is not None and vectors())
+    return has_matrix_units() or has_bfloat16_vectors()

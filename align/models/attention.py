@@ -42,7 +42,7 @@ def attend(
     slots: Slots | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' `sdpa`, in float32 under CPU autocast but for single tokens being written.
+    """transformers' `sdpa`, in float32 under CPU autocast, but for tokens being written and for `align.models.dense`.
 
     The form is that of its `AttentionInterface`.
 
@@ -84,7 +84,7 @@ def _attend_causally(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
 
     Short sequences as `align.models.dense` has it, on CPUs that suit it.
     """
-    suits = query.device.type == "cpu" and suits_cpu() and not torch.compiler.is_compiling()
+    suits = query.device.type == "cpu" and suits_cpu()
     if suits and key.shape[2] <= LONGEST.get(arithmetic(query), 0) and _is_plain(module, arguments):
         return attend_densely(query, key, value, arguments.get("scaling"))
     mask = None
@@ -124,12 +124,16 @@ def _attend_to_shared(
                 found.append(_attend_causally(module, asked, *seen, **arguments).flatten(0, 1))
             else:
                 found.append(attend(module, asked, *seen, attention_mask=band.mask, **arguments)[0].flatten(0, 1))
-    return nn.functional.pad(torch.cat(found), (0, 0, 0, 0, 0, padding))[None]
+    if padding:
+        found.append(found[0].new_zeros(padding, *found[0].shape[1:]))
+    return torch.cat(found)[None]
 
 
 def _of_each(band: Band, begun: Tensor, own: Tensor) -> Tensor:
     """What is known of the tokens that a band's sequences begin with, for each of them."""
-    return begun.expand(len(own), -1, -1, -1) if band.mask is None else begun[band.prompt]
+    if band.prompt is None:
+        return begun.expand(len(own), -1, -1, -1)
+    return begun[band.prompt]  # the gradient of `index_select` a GPU would sum in any order
 
 
 def _attend_to_slots(

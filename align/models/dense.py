@@ -2,7 +2,8 @@
 
 torch's attention on a CPU never holds a sequence's probabilities: it computes them block by block, and once more for
 the gradients, in products too small for the units at hand. Short sequences have few probabilities. Kept, they leave
-four large products to the backward pass, and in 16 bits all products stay in 16 bits. It adds up the same sums.
+four large products to the backward pass, and in mixed precision all but the scores come from products in 16 bits. It
+adds up the same sums.
 """
 
 import functools
@@ -14,19 +15,19 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from align.models.products import has_matrix_units
+from align.models.products import has_bfloat16_vectors, has_matrix_units
 
-LONGEST = {torch.float32: 256, torch.float64: 256, torch.bfloat16: 512, torch.float16: 512}
-"""So many tokens may be attended to: up to here it was faster than torch's (docs/performance.md)."""
+LONGEST = {torch.float32: 256, torch.bfloat16: 512}
+"""So many tokens may be attended to: up to here it was about as fast as torch's or faster (docs/performance.md)."""
 
 
 @functools.cache
 def suits_cpu() -> bool:
-    """Whether this CPU is of the kind on which it was faster: 512-bit vectors, and no matrix units.
+    """Whether this CPU is of the kind on which it was faster (Zen 4): vectors for bfloat16, and no matrix units.
 
     It depends on the kind of CPU and is not timed, so that a run that goes on computes the same bits.
     """
-    return torch.backends.cpu.get_cpu_capability() == "AVX512" and not has_matrix_units()
+    return has_bfloat16_vectors() and not has_matrix_units()
 
 
 def attend_densely(
@@ -37,7 +38,8 @@ def attend_densely(
 ) -> Float[Tensor, "sequences own heads e"]:
     """Attention of tokens to all before them and themselves, where the queries are the last of those seen.
 
-    In 16 bits under autocast, with the softmax in float32, as GPUs have it.
+    Under autocast, scores and softmax are in float32 and all else is multiplied in 16 bits: scores that large models
+    make would lose several percent of a probability there.
 
     Args:
         query: Heads that share a key lie next to each other.
@@ -50,7 +52,7 @@ def attend_densely(
 
 
 def arithmetic(query: Float[Tensor, "..."]) -> torch.dtype:
-    """In what products of queries and keys are computed."""
+    """In what values are weighed, and gradients computed."""
     return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
 
 
@@ -61,12 +63,14 @@ class _Dense(torch.autograd.Function):
     @torch.autocast("cpu", enabled=False)
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
         (sequences, heads, own, _), (_, shared, seen, _) = query.shape, key.shape
-        queries = _contiguous(query, dtype).view(sequences * shared, heads // shared * own, -1)
-        keys, values = (_contiguous(each, dtype).view(sequences * shared, seen, -1) for each in (key, value))
+        exact = torch.promote_types(dtype, torch.float32)
+        queries = _contiguous(query, exact).view(sequences * shared, heads // shared * own, -1)
+        keys = _contiguous(key, exact).view(sequences * shared, seen, -1)
+        values = _contiguous(value, dtype).view(sequences * shared, seen, -1)
         later = queries.new_full((own, seen), -math.inf).triu_(1 + seen - own).repeat(heads // shared, 1)
         scores = torch.baddbmm(later, queries, keys.transpose(1, 2), alpha=scaling)
-        shares = torch.softmax(scores, dim=-1)
-        ctx.save_for_backward(queries, keys, values, shares)
+        shares = torch.softmax(scores, dim=-1).to(dtype)
+        ctx.save_for_backward(queries.to(dtype), keys.to(dtype), values, shares)
         ctx.scaling = scaling
         return torch.bmm(shares, values).view(sequences, heads, own, -1)
 
@@ -95,5 +99,5 @@ class _Dense(torch.autograd.Function):
 
 
 def _contiguous(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """In another format and layout at once."""
-    return torch.empty(values.shape, dtype=dtype).copy_(values)
+    """In a format, and in one piece: what has to be copied is copied once."""
+    return values.contiguous() if values.dtype == dtype else torch.empty(values.shape, dtype=dtype).copy_(values)

@@ -2,7 +2,8 @@
 
 torch multiplies float32 matrices by MKL, which on AMD's CPUs leaves their 512-bit units (AVX-512) unused. oneDNN, which
 torch brings along for smaller formats, uses them: on two Zen 5 cores it multiplies 2.2 times as fast. So there the
-linear layers of a model, and their backward passes, go to oneDNN: the same sums, added in another order.
+linear layers of a model, and their backward passes, go to oneDNN: the same sums, added in another order. On two Zen 4
+cores a step gained some 5 % at most (docs/performance.md).
 """
 
 import functools
@@ -51,6 +52,12 @@ def _faster_by_onednn() -> bool:
 def has_matrix_units() -> bool:
     """Whether this CPU has units for products of 16-bit matrices (AMX); False where this torch does not tell."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return supported is not None and supported()
+
+
+def has_bfloat16_vectors() -> bool:
+    """Whether this CPU multiplies bfloat16 by vectors (AVX512_BF16); False where this torch does not tell."""
+    supported = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
     return supported is not None and supported()
 
 

@@ -1,8 +1,9 @@
 """Answers behind one prompt in a single pass: the prompt's tokens are computed once, not once for each answer.
 
 Sequences lie end to end, each prompt once and behind it what its sequences have of their own, in bands of like lengths
-(`align.models.packed`): all of it is read without being copied. A token attends to what stands before it in its own
-sequence, so it has the hidden state of a pass of its own, to rounding.
+(`align.models.packed`). Attention reads them where they lie; only keys and values of a prompt are copied, once for each
+sequence. A token attends to what stands before it in its own sequence, so it has the hidden state of a pass of its own,
+to rounding.
 """
 
 from dataclasses import dataclass
@@ -24,15 +25,15 @@ class Band:
     sequences: int
     width: int
     """Tokens of each."""
-    prompt: Int[Tensor, " sequences"]
-    """Which of the part's prompts each has."""
+    prompt: Int[Tensor, " sequences"] | None
+    """Which of the part's prompts each has; None: there is one."""
     mask: Bool[Tensor, "sequences one own seen"] | None
-    """True: the first attends to the second. None: to all that stands before it, since there is one prompt."""
+    """True: the first attends to the second. None: to all that stands before it, as there is one prompt."""
 
 
 @dataclass(frozen=True)
 class Part:
-    """Some prompts with their sequences, whose attention is computed together."""
+    """Some prompts with their sequences: a call of attention for the prompts, and one for each band."""
 
     prompts: int
     common: int
@@ -71,7 +72,8 @@ def share(
         ids: Right-padded; on the CPU, like all others.
         lengths: Tokens of each sequence.
         prompt_index: Equal for sequences of one prompt, which stand together.
-        apart: Each prompt is a part, so that none is filled up to another's length; more calls of attention.
+        apart: Each prompt is a part, so that none is filled up to another's length; more calls of attention. Otherwise
+            those are a part that have about as many tokens in common (`align.models.packed.bands_of`).
         multiple: Of the tokens computed (`align.models.packed.grain`); those that stand for nothing come last.
     """
     group, is_first, common, sizes = _beginnings(ids, lengths, prompt_index)
@@ -88,9 +90,11 @@ def share(
         members = torch.isin(group, picked).nonzero()[:, 0]
         for which, width in bands_of((lengths - common)[members]):
             rows = members[which]
-            own = (group[rows, None] == picked).int().argmax(1)
-            mask = _mask(common[rows], longest, width) if len(picked) > 1 else None
-            bands.append(Band(len(rows), width, own, mask))
+            prompt = mask = None
+            if len(picked) > 1:
+                prompt = (group[rows, None] == picked).int().argmax(1)
+                mask = _mask(common[rows], longest, width)
+            bands.append(Band(len(rows), width, prompt, mask))
             last[rows] = sum(map(len, places)) + torch.arange(len(rows)) * width + (lengths - common)[rows] - 1
             places.append(_places(rows, common[rows], width, ids.shape[1]))
         parts.append(Part(len(picked), longest, tuple(bands)))
@@ -117,9 +121,13 @@ def _mask(common: Int[Tensor, " sequences"], longest: int, width: int) -> Bool[T
 def tokens(
     ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"], prompt_index: Int[Tensor, " batch"]
 ) -> Int[Tensor, " batch"]:
-    """How many tokens each sequence needs computed; the first of a prompt has the common ones."""
-    _, is_first, common, _ = _beginnings(ids, lengths, prompt_index)
-    return torch.where(is_first, lengths, lengths - common)
+    """How many tokens `share` computes for each sequence, prompts being apart; a prompt's first has the common ones."""
+    _, is_first, common, sizes = _beginnings(ids, lengths, prompt_index)
+    found = torch.where(is_first, common, 0)
+    for rows in torch.arange(len(ids)).split(sizes.tolist()):
+        for which, width in bands_of((lengths - common)[rows]):
+            found[rows[which]] += width
+    return found
 
 
 def _beginnings(

@@ -169,11 +169,14 @@ def _commit() -> str:
 
 
 def _cpu() -> str:
-    """Its name, where the system tells."""
+    """Its name, where the system tells, and which of several kinds that have it, as virtual machines hide that."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in reversed(lines))}
+    if "model name" not in found:
+        return platform.processor() or platform.machine()
+    kind = [f"{name} {found[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in found]
+    return f"{found['model name']} ({', '.join(kind)})" if kind else found["model name"]
 
 
 def _read(out: Path) -> dict[str, Any]:

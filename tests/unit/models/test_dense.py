@@ -47,11 +47,13 @@ def test_outputs_and_gradients_are_those_of_torch(own: int, seen: int, shared: i
         torch.testing.assert_close(gradient, other, rtol=1e-12, atol=1e-12)
 
 
-def test_under_autocast_it_is_as_close_as_16_bits_are() -> None:
+@pytest.mark.parametrize("scaling", [None, 3.0])
+def test_under_autocast_it_is_as_close_as_16_bits_are(scaling: float | None) -> None:
+    """Large scores, too, which 16 bits would round by as much as the probabilities are told by."""
     given = states(20, 33, 2)
-    expected, wanted = with_gradients(plain, *given, None)
+    expected, wanted = with_gradients(plain, *given, scaling)
     with torch.autocast("cpu", torch.bfloat16):
-        found, gradients = with_gradients(attend_densely, *given, None)
+        found, gradients = with_gradients(attend_densely, *given, scaling)
     assert found.dtype == torch.bfloat16 and all(gradient.dtype == torch.float32 for gradient in gradients)
     for got, right in zip((found, *gradients), (expected, *wanted), strict=True):
         assert 0.0 < float((got - right).detach().norm()) < 0.01 * float(right.detach().norm())
@@ -95,12 +97,14 @@ def test_attention_that_is_asked_for_more_is_torchs(asked: dict[str, Any]) -> No
     assert not attention._is_plain(module, {})
 
 
-def test_a_cpu_of_another_kind_has_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("suits", "longest"), [(False, 256), (True, 8)])
+def test_other_cpus_and_more_tokens_have_torchs(suits: bool, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: Any) -> Tensor:
         raise AssertionError
 
     monkeypatch.setattr(attention, "attend_densely", refuse)
-    monkeypatch.setattr(attention, "suits_cpu", lambda: False)
+    monkeypatch.setattr(attention, "suits_cpu", lambda: suits)
+    monkeypatch.setitem(LONGEST, torch.float32, longest)
     query, key, value, _ = states(4, 9, 2)
     module = torch.nn.Module()
     module.num_key_value_groups = 2  # type: ignore[assignment]
