@@ -77,7 +77,7 @@ def share(
         multiple: Of the tokens computed (`align.models.packed.grain`); those that stand for nothing come last.
     """
     group, is_first, common, sizes = _beginnings(ids, lengths, prompt_index)
-    firsts = is_first.nonzero()[:, 0]
+    firsts, own = is_first.nonzero()[:, 0], lengths - common
     prompts = torch.arange(len(sizes))
     together = prompts.split(1) if apart else [picked for picked, _ in bands_of(common[firsts])]
     parts: list[Part] = []
@@ -88,14 +88,14 @@ def share(
         places.append(_places(firsts[picked], torch.zeros_like(picked), longest, ids.shape[1]))
         bands = []
         members = torch.isin(group, picked).nonzero()[:, 0]
-        for which, width in bands_of((lengths - common)[members]):
+        for which, width in bands_of(own[members]):
             rows = members[which]
             prompt = mask = None
             if len(picked) > 1:
                 prompt = (group[rows, None] == picked).int().argmax(1)
                 mask = _mask(common[rows], longest, width)
             bands.append(Band(len(rows), width, prompt, mask))
-            last[rows] = sum(map(len, places)) + torch.arange(len(rows)) * width + (lengths - common)[rows] - 1
+            last[rows] = sum(map(len, places)) + torch.arange(len(rows)) * width + own[rows] - 1
             places.append(_places(rows, common[rows], width, ids.shape[1]))
         parts.append(Part(len(picked), longest, tuple(bands)))
     flat = torch.cat(places)

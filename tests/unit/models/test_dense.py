@@ -59,9 +59,11 @@ def test_under_autocast_it_is_as_close_as_16_bits_are(scaling: float | None) -> 
         assert 0.0 < float((got - right).detach().norm()) < 0.01 * float(right.detach().norm())
 
 
-def test_other_formats_stay_under_no_autocast() -> None:
-    given = [value.detach() for value in states(6, 6, 4, torch.bfloat16)]
-    assert attend_densely(*given[:3], None).dtype == torch.bfloat16
+def test_weights_in_16_bits_keep_their_format_without_autocast() -> None:
+    given = [value.detach() for value in states(6, 6, 4, torch.bfloat16)[:3]]
+    found, expected = attend_densely(*given, None), plain(*(value.float() for value in given), None)
+    assert found.dtype == torch.bfloat16
+    assert 0.0 < float((found - expected).norm()) < 0.01 * float(expected.norm())
 
 
 @pytest.mark.parametrize("longest", [256, 5, 0])
