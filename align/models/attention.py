@@ -19,7 +19,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from align.models import flash
 from align.models.dense import LONGEST, arithmetic, attend_densely, suits_cpu
+from align.models.fixed import FixedSlots
 from align.models.groups import GroupedSlots, attend_in_groups
 from align.models.packed import Packed
 from align.models.shared import Band, SharedPrompts
@@ -39,7 +41,7 @@ def attend(
     attention_mask: Tensor | None,
     packed: Packed | None = None,
     shared: SharedPrompts | None = None,
-    slots: Slots | None = None,
+    slots: Slots | FixedSlots | None = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
     """transformers' `sdpa`, in float32 under CPU autocast, but for tokens being written and for `align.models.dense`.
@@ -55,8 +57,11 @@ def attend(
     if slots is not None:
         if slots.filling is None:
             return _attend_to_slots(module, query, key, value, slots, **arguments), None
-        slots.fill(module.layer_idx, key, value)  # type: ignore[arg-type]
+        _fill(module, key, value, slots)
     if packed is not None:
+        if packed.starts is not None and flash.takes(query) and _is_plain(module, arguments):
+            own = (values[0] for values in (query, key, value))
+            return flash.attend_end_to_end(*own, packed.starts, packed.longest, arguments.get("scaling"))[None], None
         return _attend_in_bands(module, query[0], key[0], value[0], packed, **arguments), None
     if shared is not None:
         return _attend_to_shared(module, query[0], key[0], value[0], shared, **arguments), None
@@ -71,9 +76,10 @@ def _attend_in_bands(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, packed: Packed, **arguments: Any
 ) -> Tensor:
     """Each sequence attends to itself. Split and joined as a whole, so that no gradient is copied band by band."""
-    sizes = [sequences * width for sequences, width in packed.bands]
+    bands = packed.bands or [(1, width) for width in packed.starts.diff().tolist()]  # type: ignore[union-attr]
+    sizes = [sequences * width for sequences, width in bands]
     found = []
-    for band, *own in zip(packed.bands, *(values.split(sizes, dim=1) for values in (query, key, value)), strict=True):
+    for band, *own in zip(bands, *(values.split(sizes, dim=1) for values in (query, key, value)), strict=True):
         apart = (values.unflatten(1, band).transpose(0, 1) for values in own)
         found.append(_attend_causally(module, *apart, **arguments).flatten(0, 1))
     return torch.cat(found)[None]
@@ -136,11 +142,19 @@ def _of_each(band: Band, begun: Tensor, own: Tensor) -> Tensor:
     return begun[band.prompt]  # the gradient of `index_select` a GPU would sum in any order
 
 
+@torch.compiler.disable(reason="it would be compiled anew for each layer")
+def _fill(module: nn.Module, key: Tensor, value: Tensor, slots: Slots | FixedSlots) -> None:
+    slots.fill(module.layer_idx, key, value)  # type: ignore[arg-type]
+
+
+@torch.compiler.disable(reason="it would be compiled anew for each layer")
 def _attend_to_slots(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, slots: Slots, **arguments: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, slots: Slots | FixedSlots, **arguments: Any
 ) -> Tensor:
     if arguments.get("position_bias") is not None:
         raise ValueError(f"{type(module).__name__} adds a bias for positions, which rows of different lengths lack")
+    if isinstance(slots, FixedSlots):
+        return _attend_to_fixed(module, query, key, value, slots, **arguments)
     if isinstance(slots, GroupedSlots):
         return attend_in_groups(query, key, value, module.layer_idx, slots, arguments.get("scaling"))  # type: ignore[arg-type]
     found = []
@@ -149,6 +163,26 @@ def _attend_to_slots(
             asked = query[rows].to(keys.dtype)
             found.append(sdpa_attention_forward(module, asked, keys, values, mask, **arguments)[0])
     return torch.cat(found).to(value.dtype)
+
+
+def _attend_to_fixed(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, slots: FixedSlots, **arguments: Any
+) -> Tensor:
+    """By `align.models.kernels` where that can be, else to all that a row has room for, most of it masked."""
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    with torch.autocast(query.device.type, enabled=False):  # in what they are kept in: there are no gradients
+        kept = slots.of(layer, key, value)
+        if flash.suits(query.device, kept[0].dtype) and flash.has_triton() and _is_plain(module, arguments):
+            from align.models import kernels  # needs Triton, which comes with torch for GPUs
+
+            own = (values[:, :, 0] for values in (query, key, value))
+            scaling = arguments.get("scaling") or query.shape[-1] ** -0.5
+            found = kernels.attend_to_kept(*own, *kept, slots.lengths, slots.growing, scaling)[:, None]
+        else:
+            kept = (part.transpose(1, 2) for part in slots.put(layer, key, value))
+            mask = (torch.arange(slots.width, device=query.device) <= slots.lengths[:, None])[:, None, None]
+            found = sdpa_attention_forward(module, query.to(key.dtype), *kept, mask, **arguments)[0]
+    return found.to(value.dtype)
 
 
 def looks_all_the_way(model: PreTrainedModel) -> bool:

@@ -1,8 +1,8 @@
 """Transformer blocks compiled by torch.compile, in place: modules, names of weights and copies stay what they are.
 
-Passes of learning and of scoring run compiled. Writing does not (`off`), since a cache of keys and values changes its
-form all the time, nor do passes that only try a model out. Attention to shared prompts leaves the compiled block and
-comes back (`align.models.attention`).
+Passes of learning and of scoring run compiled. Writing does not (`off`) where a cache of keys and values changes its
+form all the time, only where its steps are recorded (`align.rollout.replay`), nor do passes that only try a model out.
+Attention to shared prompts and to what is kept leaves the compiled block and comes back (`align.models.attention`).
 """
 
 import contextlib
@@ -29,19 +29,20 @@ MOST_OF_A_REASON = 300
 """Characters: a C++ compiler can say pages."""
 
 
-def compile_blocks(models: Iterable[PreTrainedModel]) -> None:
+def compile_blocks(models: Iterable[PreTrainedModel], *, ragged: bool = False) -> None:
     """Lets blocks be compiled when they are first computed, once for sequences of any number and length.
-
-    Sequences do not come end to end then, as attention to them would cut the compiled blocks into pieces.
 
     Args:
         models: Before they are sharded, which hides what their blocks are.
+        ragged: Attention to sequences end to end is one operation (`align.models.flash`). Otherwise it would cut the
+            compiled blocks into pieces, so sequences do not come end to end then.
 
     Raises:
         ValueError: One does not say what its blocks are.
     """
     models = list(models)
-    padded.update(models)
+    if not ragged:
+        padded.update(models)
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     for block in (block for model in models for block in sharding.blocks(model)):
         block.compile(dynamic=True)
@@ -50,6 +51,11 @@ def compile_blocks(models: Iterable[PreTrainedModel]) -> None:
 def off() -> contextlib.AbstractContextManager[object]:
     """Blocks run uncompiled inside the block. Backward passes of what runs there belong in it too."""
     return torch.compiler.set_stance("force_eager")
+
+
+def on() -> contextlib.AbstractContextManager[object]:
+    """Compiled blocks run compiled inside the block, also where `off` is around it."""
+    return torch.compiler.set_stance("default")
 
 
 def rehearse(model: PreTrainedModel, device: torch.device) -> None:

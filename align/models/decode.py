@@ -11,23 +11,25 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from align.models import sharding
-from align.models.attention import looks_all_the_way
+from align.models.attention import causal, looks_all_the_way
+from align.models.fixed import Begun, FixedSlots
 from align.models.groups import GroupedSlots
 from align.models.packed import micro_batches
 from align.models.slots import Filling, Slots
-from align.models.trials import ROUNDING, evaluating
+from align.models.trials import ROUNDING, evaluating, laid_end_to_end, packs
+from align.types import sent
 
 PROMPT_TOKENS = 8192
 """Prompt tokens computed at once."""
 
-_able: "weakref.WeakKeyDictionary[nn.Module, dict[type[Slots], bool]]" = weakref.WeakKeyDictionary()
+_able: "weakref.WeakKeyDictionary[nn.Module, dict[type, bool]]" = weakref.WeakKeyDictionary()
 
 
 def fill(
     model: PreTrainedModel,
     ids: Int[Tensor, "prompts time"],
     lengths: Int[Tensor, " prompts"],
-    slots: Slots,
+    slots: Slots | FixedSlots,
     rows: Int[Tensor, " prompts"],
 ) -> None:
     """Computes prompts and puts their keys and values into rows of the cache; equal prompts are computed once.
@@ -39,6 +41,9 @@ def fill(
         slots: The cache, which has these rows.
         rows: Of each prompt.
     """
+    if isinstance(slots, FixedSlots):
+        _fill_fixed(model, ids, lengths, slots, rows)
+        return
     if isinstance(slots, GroupedSlots):
         _fill_groups(model, ids, lengths, slots)
         return
@@ -52,6 +57,33 @@ def fill(
         slots.filling = Filling(rows[own], place[own])
         part = different[prompts, : int(sizes[prompts].max())].clamp_min(0)
         sharding.run(model, _fill, part, slots)
+    slots.filling = None
+
+
+def _fill_fixed(
+    model: PreTrainedModel,
+    ids: Int[Tensor, "prompts time"],
+    lengths: Int[Tensor, " prompts"],
+    slots: FixedSlots,
+    rows: Int[Tensor, " prompts"],
+) -> None:
+    """Prompts end to end. Where tokens come from and go to is told in host memory, so that a GPU is not waited for."""
+    different, which = without_padding(ids, lengths).cpu().unique(dim=0, return_inverse=True)
+    sizes, rows = (different >= 0).sum(1), rows.cpu()
+    some = (sizes > 0).nonzero()[:, 0]
+    for picked in micro_batches(sizes[some], PROMPT_TOKENS, packs=True) if len(some) else []:
+        prompts = some[picked]
+        place = torch.full_like(sizes, -1).index_copy(0, prompts, torch.arange(len(prompts)))[which]
+        own = (place >= 0).nonzero()[:, 0]
+        time = int(sizes[prompts].max())
+        laid_out = laid_end_to_end(model, ids.device, sizes[prompts], time)
+        counts = sizes[prompts][place[own]]
+        positions = torch.arange(int(counts.sum())) - (counts.cumsum(0) - counts).repeat_interleave(counts)
+        source = laid_out.find((place[own] * time).repeat_interleave(counts) + positions)
+        begun = Begun(rows[own].repeat_interleave(counts), positions, source)
+        tokens, laid_out, slots.filling = sent((different[prompts, :time].clamp_min(0), laid_out, begun), ids.device)
+        with causal(model):
+            model.base_model(**laid_out.arguments(tokens), use_cache=False, slots=slots)
     slots.filling = None
 
 
@@ -76,7 +108,9 @@ def without_padding(ids: Int[Tensor, "rows time"], lengths: Int[Tensor, " rows"]
     return torch.where(inside, ids, -1)
 
 
-def next_logits(model: PreTrainedModel, tokens: Int[Tensor, " rows"], slots: Slots) -> Float[Tensor, "rows vocab"]:
+def next_logits(
+    model: PreTrainedModel, tokens: Int[Tensor, " rows"], slots: Slots | FixedSlots
+) -> Float[Tensor, "rows vocab"]:
     """Puts one more token into each row; the logits of what follows it."""
     slots.begin()
     # A mask of four axes is taken as it is by transformers, which would make one of its own.
@@ -97,22 +131,23 @@ def _fill(model: PreTrainedModel, ids: Int[Tensor, "prompts time"], slots: Slots
     model.base_model(input_ids=ids, use_cache=False, slots=slots)
 
 
-def able(model: PreTrainedModel, device: torch.device, kind: type[Slots] = Slots) -> bool:
+def able(model: PreTrainedModel, device: torch.device, kind: type[Slots] | type[FixedSlots] = Slots) -> bool:
     """Whether a model's logits are right this way: tried out once a model and kind of cache."""
     known = _able.setdefault(model, {})
     if kind not in known:
-        known[kind] = looks_all_the_way(model) and _try(model, device, kind)
+        fits = looks_all_the_way(model) and (kind is not FixedSlots or packs(device, model))
+        known[kind] = fits and _try(model, device, kind)
     return known[kind]
 
 
-def _try(model: PreTrainedModel, device: torch.device, kind: type[Slots]) -> bool:
+def _try(model: PreTrainedModel, device: torch.device, kind: type[Slots] | type[FixedSlots]) -> bool:
     """Two prompts of different lengths and two tokens more of each, against one pass over all of it."""
     ids = torch.tensor([[1, 2, 3, 2, 1], [2, 3, 1, 3, 1]], device=device)
     lengths, rows = torch.tensor([3, 2], device=device), torch.arange(2, device=device)
-    slots, got = kind(device, most=5), []
+    got = []
     with torch.no_grad(), evaluating(model), sharding.gathered(model):
         expected = model(input_ids=ids, use_cache=False).logits
-        slots.lay_out(torch.full_like(lengths, -1), lengths)
+        slots = _laid_out(kind, lengths)
         try:
             fill(model, ids, lengths, slots, rows)
             for step in range(2):
@@ -121,3 +156,15 @@ def _try(model: PreTrainedModel, device: torch.device, kind: type[Slots]) -> boo
             return False
     wanted = torch.stack([expected[rows, lengths + step] for step in range(2)])
     return bool((torch.stack(got) - wanted).abs().max() <= ROUNDING * wanted.abs().max())
+
+
+def _laid_out(kind: type[Slots] | type[FixedSlots], lengths: Int[Tensor, " rows"]) -> Slots | FixedSlots:
+    """For prompts of a trial."""
+    if issubclass(kind, FixedSlots):
+        fixed = kind(lengths.device, len(lengths), 5)
+        fixed.lengths.copy_(lengths)
+        fixed.growing.fill_(1)
+        return fixed
+    slots = kind(lengths.device, most=5)
+    slots.lay_out(torch.full_like(lengths, -1), lengths)
+    return slots

@@ -20,10 +20,10 @@ from align.models import hydra, sharding
 from align.models.attention import causal
 from align.models.heads import ScalarModel
 from align.models.hydra import Below
-from align.models.packed import Packed, grain, pack
+from align.models.packed import Packed, grain
 from align.models.shared import SharedPrompts
 from align.models.trials import evaluating as evaluating
-from align.models.trials import has_plain_head, hidden, packs, shared_hidden, unembedding
+from align.models.trials import has_plain_head, hidden, laid_end_to_end, packs, shared_hidden, unembedding
 from align.types import sent
 
 LOGITS_PER_CHUNK = 2**25
@@ -183,7 +183,7 @@ def _places(mask: Bool[Tensor, "batch time"], device: torch.device) -> Int[Tenso
 
 def layout(model: PreTrainedModel, ids: Int[Tensor, "batch time"], lengths: Int[Tensor, " batch"]) -> Packed | None:
     """How the first tokens of each row lie end to end, so many of each; None: the model gets the rows as they are."""
-    return pack(lengths, ids.shape[1], grain(ids.device)) if packs(ids.device, model) else None
+    return laid_end_to_end(model, ids.device, lengths, ids.shape[1]) if packs(ids.device, model) else None
 
 
 def _layout_for(

@@ -37,16 +37,21 @@ class Packed:
     """How sequences lie end to end. Axes: `tokens`, all that are computed."""
 
     bands: tuple[tuple[int, int], ...]
-    """Sequences, and tokens of each, of one band after the other; the last may be padding (`grain`)."""
+    """Sequences, and tokens of each, of one band after the other; the last may be padding (`grain`). Empty where
+    `starts` tells of sequences."""
     places: Int[Tensor, " tokens"]
     """Where in the flattened batch each token is."""
     positions: Int[Tensor, " tokens"]
     """Of each in its sequence."""
+    starts: Int[Tensor, " ends"] | None = None
+    """Where sequences begin and the last ends, where none is filled up (`align.models.flash`); int32."""
+    longest: int = 0
+    """Then at least the tokens of the longest; a power of 2, as code that is compiled may be compiled for each."""
 
     @property
     def padding(self) -> int:
         """Tokens of a last band that stand for nothing."""
-        return sum(sequences * width for sequences, width in self.bands) - len(self.places)
+        return max(0, sum(sequences * width for sequences, width in self.bands) - len(self.places))
 
     def filled_up(self, values: Shaped[Tensor, "tokens *_"]) -> Shaped[Tensor, "one row *_"]:
         """What is known of the tokens, in a row with its padding."""
@@ -73,14 +78,17 @@ def grain(device: torch.device) -> int:
     return GRAIN if device.type == "cpu" and (torch.is_autocast_enabled("cpu") or products.by_onednn()) else 1
 
 
-def pack(lengths: Int[Tensor, " batch"], time: int, multiple: int = 1) -> Packed:
+def pack(lengths: Int[Tensor, " batch"], time: int, multiple: int = 1, *, ragged: bool = False) -> Packed:
     """Lays the first tokens of right-padded sequences end to end.
 
     Args:
         lengths: How many tokens of each sequence are needed.
         time: Tokens of a row, padding included.
         multiple: Of the tokens computed; see `grain`.
+        ragged: Attention takes sequences of any lengths at once, so none is filled up.
     """
+    if ragged:
+        return _pack_ragged(lengths.cpu(), time)
     bands, places, positions = bands_of(lengths), [], []
     for rows, width in bands:
         within = torch.arange(width)
@@ -90,6 +98,16 @@ def pack(lengths: Int[Tensor, " batch"], time: int, multiple: int = 1) -> Packed
     if padding := -sum(sequences * width for sequences, width in sizes) % multiple:
         sizes.append((1, padding))
     return Packed(tuple(sizes), torch.cat(places), torch.cat(positions))
+
+
+def _pack_ragged(lengths: Int[Tensor, " batch"], time: int) -> Packed:
+    order = torch.argsort(lengths, descending=True, stable=True)
+    sizes = lengths[order].clamp_min(1)
+    ends = sizes.cumsum(0)
+    positions = torch.arange(int(ends[-1])) - (ends - sizes).repeat_interleave(sizes)
+    starts = nn.functional.pad(ends, (1, 0)).int()
+    longest = 1 << (int(sizes[0]) - 1).bit_length()
+    return Packed((), (order * time).repeat_interleave(sizes) + positions, positions, starts, longest)
 
 
 def bands_of(lengths: Int[Tensor, " batch"]) -> list[tuple[Int[Tensor, " picked"], int]]:

@@ -7,7 +7,8 @@ rounded: a sequence's numbers do not depend on what it is computed with. 4 bits 
 `Linear4bit` wherever rows are whole blocks.
 """
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -138,3 +139,21 @@ def restored(
 def _even(device: torch.device) -> Float[Tensor, " codes"]:
     """The shares of a scale that 8 bits mean: -1, -126/127, ..., 1; the last of the 256 is never the nearest."""
     return torch.arange(-127, 129, device=device) / 127
+
+
+@contextlib.contextmanager
+def rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
+    """Linear layers have their float32 weights in 16 bits inside the block, as autocast rounds them at every use.
+
+    Embeddings, and all that is no matrix, stay as they are, also where an output layer shares the embedding's weight.
+    """
+    kept: list[tuple[nn.Module, nn.Parameter]] = []
+    for layer in model.modules():
+        if isinstance(layer, nn.Linear | Conv1D) and layer.weight.dtype == torch.float32:
+            kept.append((layer, layer.weight))
+            layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    try:
+        yield
+    finally:
+        for layer, weight in kept:
+            layer.weight = weight

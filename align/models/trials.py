@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.models import compiled, sharding, shared
+from align.models import compiled, flash, sharding, shared
 from align.models.attention import causal, looks_all_the_way
 from align.models.packed import Packed, grain, pack, padded
 from align.models.packed import micro_batches as packed_batches
@@ -74,13 +74,18 @@ def micro_batches(
     return packed_batches(lengths, budget, packs=together)
 
 
+def laid_end_to_end(model: PreTrainedModel, device: torch.device, lengths: Int[Tensor, " batch"], time: int) -> Packed:
+    """How a model that `packs` gets the first tokens of right-padded rows, in the arithmetic at hand."""
+    return pack(lengths, time, grain(device), ragged=flash.suits(device, model.dtype))
+
+
 def _packs(model: PreTrainedModel, device: torch.device) -> bool:
     ids = torch.tensor([[1, 2, 3, 0, 0], [1, 2, 0, 3, 1], [2, 3, 1, 0, 0]], device=device)
     lengths = torch.tensor([3, 5, 4])
     places = (torch.arange(5) < lengths[:, None]).flatten().nonzero()[:, 0]
     with torch.no_grad(), evaluating(model), sharding.gathered(model), compiled.off():
         apart = sharding.run(model, hidden, ids).flatten(0, 1)[places].float()
-        laid_out = pack(lengths, ids.shape[1], grain(device))
+        laid_out = laid_end_to_end(model, device, lengths, ids.shape[1])
         try:
             together = sharding.run(model, _packed_hidden, ids, sent(laid_out, device))[laid_out.find(places)].float()
         except (TypeError, ValueError, RuntimeError):  # it takes no such arguments, or not in this form

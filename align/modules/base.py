@@ -26,7 +26,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from align import distributed, interrupt, nonfinite, seeds
 from align.errors import RunError
 from align.formulas.losses import cross_entropy
-from align.models import compiled, forward, packed, sharding, trials
+from align.models import compiled, flash, forward, packed, sharding, trials
 from align.models.load import fingerprint, save_model
 from align.optim import Optim
 from align.types import AnyRecord, Sequences, sent
@@ -103,7 +103,10 @@ class AlignModule(L.LightningModule, ABC):
         if not self.pack:
             packed.padded.update(sharding.models_of(self))
         if self.compiles:
-            compiled.compile_blocks(sharding.models_of(self))
+            models = sharding.models_of(self)
+            with self.precision():
+                ragged = all(flash.suits(self.trainer.strategy.root_device, model.dtype) for model in models)
+            compiled.compile_blocks(models, ragged=ragged)
         shard = getattr(self.trainer.strategy, "shard", None)
         if shard is not None:
             shard(self)

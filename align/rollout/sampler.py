@@ -25,10 +25,14 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from align.models import decode
+from align.models import compiled, decode, flash, sharding
+from align.models.fixed import FixedSlots
 from align.models.groups import GroupedSlots
+from align.models.quantised import rounded
 from align.models.slots import Slots
 from align.models.trials import evaluating
+from align.rollout import replay
+from align.rollout.draws import draw
 from align.types import Completions, Prompts, joined
 
 SHARED_FROM = 128
@@ -87,6 +91,8 @@ class DecodeSampler(BatchSampler):
     """Decodes step by step; finished sequences leave the batch, and waiting prompts take their places.
 
     Attributes:
+        graphs: On a GPU, a step is recorded once and replayed (`align.rollout.replay`), where the model allows it and
+            its weights are not sharded. The same to rounding.
         slots: Keeps keys and values in rows of their own lengths where the model allows it, else in transformers'
             cache. The same to rounding.
         share_prompts: Keeps those of a prompt once for all its answers, where there are several and prompts are long.
@@ -96,6 +102,7 @@ class DecodeSampler(BatchSampler):
             `rollout/mismatch` says how far apart the two are.
     """
 
+    graphs: bool = True
     slots: bool = True
     share_prompts: bool = True
     dtype: Literal["float32", "bfloat16"] | None = None
@@ -103,6 +110,8 @@ class DecodeSampler(BatchSampler):
     def __call__(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
         """See `Sampler`."""
         with self._arithmetic(prompts.device.type):
+            if self._replays(policy, prompts.device):
+                return _in_batches(self._replay, policy, prompts, len(prompts.ids))
             if not (self.slots and decode.able(policy, prompts.device)):
                 return super().__call__(policy, prompts)
             which = _which(prompts) if self.share_prompts else None
@@ -111,10 +120,24 @@ class DecodeSampler(BatchSampler):
             order, write = which.argsort(stable=True), functools.partial(self._write, grouped=True)
             return _in_batches(write, policy, prompts.rows_at(order), len(order)).rows_at(order.argsort())
 
+    def _replays(self, policy: PreTrainedModel, device: torch.device) -> bool:
+        suits = self.graphs and device.type == "cuda" and not sharding.is_sharded(policy)
+        return suits and decode.able(policy, device, FixedSlots)
+
     def _arithmetic(self, device: str) -> contextlib.AbstractContextManager[object]:
         if self.dtype is None:
             return contextlib.nullcontext()
         return torch.autocast(device, dtype=torch.bfloat16, enabled=self.dtype == "bfloat16")
+
+    def _replay(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
+        """Answers prompts, longest first, `batch_size` at a time, by recorded steps."""
+        stops, points = _stop_ids(policy, prompts.device), _points(prompts, self.max_new_tokens)
+        kind = flash.arithmetic(prompts.device, policy.dtype)
+        with rounded(policy, kind) if kind.itemsize == 2 else contextlib.nullcontext(), compiled.on():
+            found = replay.write(
+                policy, prompts, points, stops, temperature=self.temperature, rows=self.batch_size
+            )  # fmt: skip
+        return _joined(prompts, found.tokens, found.lengths, found.finished, found.logprobs)
 
     def _write(self, policy: PreTrainedModel, prompts: Prompts, *, grouped: bool = False) -> Completions:
         """Answers prompts, longest first and equal ones side by side, `batch_size` at a time."""
@@ -144,8 +167,8 @@ class DecodeSampler(BatchSampler):
                 own = batch.row[fresh]
                 decode.fill(policy, prompts.ids[own], prompts.lengths[own] - 1, slots, fresh)
             logits = decode.next_logits(policy, token, slots).float()
-            token = draw(logits, self.temperature, points[batch.row, batch.step()])
-            batch.put(token, torch.isin(token, stops), logprobs_of(logits, self.temperature, token))
+            token, logprobs = draw(logits, self.temperature, points[batch.row, batch.step()])
+            batch.put(token, torch.isin(token, stops), logprobs)
 
     def _answer(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
         """With transformers' cache: prompts padded on the left."""
@@ -164,8 +187,8 @@ class DecodeSampler(BatchSampler):
                 logits_to_keep=1,
             )
             logits = out.logits[:, -1].float()
-            token = draw(logits, self.temperature, points[batch.row, batch.step()])
-            batch.put(token, torch.isin(token, stops), logprobs_of(logits, self.temperature, token))
+            token, logprobs = draw(logits, self.temperature, points[batch.row, batch.step()])
+            batch.put(token, torch.isin(token, stops), logprobs)
             running = batch.running()
             if not running.any():
                 return _joined(prompts, batch.tokens, batch.written, batch.finished, batch.logprobs)
@@ -201,34 +224,6 @@ class GenerateSampler(BatchSampler):
         finished = stop.any(1)
         written = torch.where(finished, stop.int().argmax(1) + 1, tokens.shape[1])
         return _joined(prompts, tokens, written, finished)
-
-
-def draw(
-    logits: Float[Tensor, "batch vocab"], temperature: float, points: Float[Tensor, " batch"]
-) -> Int[Tensor, " batch"]:
-    """One token a row from softmax(logits / temperature); the likeliest at temperature 0.
-
-    Args:
-        logits: Of the next token.
-        temperature: See `Sampler`.
-        points: From [0, 1), uniform, in float64: which part of the distribution is hit.
-    """
-    if temperature == 0.0:
-        return logits.argmax(-1)
-    # One uniform number a row, where torch.multinomial draws one for each token of the vocabulary; in float64, to add
-    # up a large vocabulary exactly enough. A token of probability 0 covers no part of the line and is never hit.
-    reached = (logits / temperature).softmax(-1).double().cumsum(-1)
-    hit = torch.searchsorted(reached, points[:, None] * reached[:, -1:], right=True)[:, 0]
-    return hit.clamp_max(logits.shape[1] - 1)
-
-
-def logprobs_of(
-    logits: Float[Tensor, "batch vocab"], temperature: float, tokens: Int[Tensor, " batch"]
-) -> Float[Tensor, " batch"]:
-    """log softmax(logits / temperature) at the tokens; 0 at temperature 0, where the likeliest token is certain."""
-    if temperature == 0.0:
-        return torch.zeros(len(tokens), device=logits.device)
-    return -torch.nn.functional.cross_entropy(logits / temperature, tokens, reduction="none")
 
 
 def _which(prompts: Prompts) -> Int[Tensor, " batch"] | None:

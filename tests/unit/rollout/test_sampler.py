@@ -12,7 +12,8 @@ from align import seeds
 from align.models import decode, forward
 from align.models.attention import use_attend
 from align.models.slots import Slots
-from align.rollout.sampler import DecodeSampler, GenerateSampler, draw
+from align.rollout.draws import draw
+from align.rollout.sampler import DecodeSampler, GenerateSampler
 
 FAMILIES = tiny.families()
 
@@ -135,14 +136,14 @@ def test_a_model_without_eos_is_refused() -> None:
 def test_draw_takes_the_likeliest_at_temperature_zero() -> None:
     logits = torch.tensor([[0.0, 5.0, 1.0], [3.0, -1.0, 2.9]])
     points = torch.tensor([0.99, 0.99], dtype=torch.float64)
-    assert draw(logits, 0.0, points).tolist() == [1, 0]
+    assert draw(logits, 0.0, points)[0].tolist() == [1, 0]
 
 
 def test_draw_takes_the_token_whose_part_of_the_line_is_hit() -> None:
     logits = torch.tensor([[0.5, 0.2, 0.3, 0.0]]).log().expand(6, -1)
     points = torch.tensor([0.0, 0.49, 0.51, 0.69, 0.71, 1.0 - 1e-16], dtype=torch.float64)
-    assert draw(logits, 1.0, points).tolist() == [0, 0, 1, 1, 2, 2]
-    assert draw(logits[:1], 0.5, points[3:4]).tolist() == [1]  # .25 .04 .09 of .38: .66 .76 1.0
+    assert draw(logits, 1.0, points)[0].tolist() == [0, 0, 1, 1, 2, 2]
+    assert draw(logits[:1], 0.5, points[3:4])[0].tolist() == [1]  # .25 .04 .09 of .38: .66 .76 1.0
 
 
 def test_a_response_depends_on_its_prompt_and_seed_alone() -> None:

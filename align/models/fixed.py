@@ -1,0 +1,108 @@
+"""The keys and values of sequences that are being written, in memory that stays where it is.
+
+`align.models.slots` lays rows out anew as they grow, leave and come, which takes little from a CPU and is most of the
+work on a GPU. Here rows are as many and as wide from the first token to the last, and a row's next sequence begins
+where the last one was: so a step is the same to a GPU every time, and can be recorded once and replayed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from align.models.slots import Slots
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Prompts that are being computed end to end, for rows to begin with. Axes: `kept`, tokens of all these rows."""
+
+    rows: Int[Tensor, " kept"]
+    positions: Int[Tensor, " kept"]
+    source: Int[Tensor, " kept"]
+    """Which of the tokens computed each is; rows that begin alike have the same."""
+
+
+def bytes_a_token(model: PreTrainedModel, dtype: torch.dtype) -> int:
+    """What the keys and values of one token take in all layers together."""
+    config = model.config.get_text_config()
+    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
+
+
+class FixedSlots:
+    """Keys and values of every layer, as many tokens of each row as it may come to hold.
+
+    Attributes:
+        lengths: Tokens each row holds: where the next token's keys and values go.
+        growing: 1 for rows that are being written, 0 for the others.
+        filling: What takes the prompts that are being computed; None while tokens are written.
+
+    Args:
+        device: Of the model.
+        rows: Sequences written at a time.
+        width: Tokens that a row may come to hold.
+    """
+
+    def __init__(self, device: torch.device, rows: int, width: int) -> None:
+        self.rows, self.width = rows, width
+        self.lengths: Int[Tensor, " rows"] = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.growing = torch.zeros_like(self.lengths)
+        self.filling: Begun | None = None
+        self._layers: dict[int, list[Tensor]] = {}
+
+    @property
+    def positions(self) -> Int[Tensor, " rows"]:
+        """Tokens before each row's next one."""
+        return self.lengths.long()
+
+    def begin(self) -> None:
+        """Before each token there is nothing to lay out."""
+
+    def end(self) -> None:
+        """After each token: rows that are being written are one longer."""
+        self.lengths.add_(self.growing)
+
+    def fill(
+        self,
+        layer: int,
+        keys: Float[Tensor, "one heads tokens dim"],
+        values: Float[Tensor, "one heads tokens dim"],
+    ) -> None:
+        """Writes what a layer computed of prompts to the beginnings of their rows."""
+        assert self.filling is not None
+        rows, positions, source = self.filling.rows, self.filling.positions, self.filling.source
+        for kept, new in zip(self.of(layer, keys, values), (keys, values), strict=True):
+            kept[rows, positions] = new[0].transpose(0, 1)[source].to(kept.dtype)
+
+    def put(
+        self, layer: int, keys: Float[Tensor, "rows heads one dim"], values: Float[Tensor, "rows heads one dim"]
+    ) -> list[Float[Tensor, "rows width heads dim"]]:
+        """Writes a layer's keys and values of each row's next token; all that is kept of it."""
+        places, kept = (torch.arange(self.rows, device=keys.device), self.positions), self.of(layer, keys, values)
+        for part, new in zip(kept, (keys, values), strict=True):
+            part.index_put_(places, new[:, :, 0].to(part.dtype))
+        return kept
+
+    def of(
+        self, layer: int, keys: Float[Tensor, "_ heads _ dim"], values: Float[Tensor, "_ heads _ dim"]
+    ) -> list[Float[Tensor, "rows width heads dim"]]:
+        """All keys and values of a layer, which has such as these."""
+        if layer not in self._layers:
+            # Zeros, for what stands behind a row's end may be read and weighed with 0, not to be 0 times infinity.
+            self._layers[layer] = [
+                part.new_zeros(self.rows, self.width, part.shape[1], part.shape[3]) for part in Slots.kept(keys, values)
+            ]
+        return self._layers[layer]
+
+    def only(self, rows: Int[Tensor, " rows"]) -> "FixedSlots":
+        """These rows in memory of their own; this is of no more use then."""
+        left = FixedSlots(rows.device, len(rows), self.width)
+        left.lengths.copy_(self.lengths[rows])
+        left.growing.copy_(self.growing[rows])
+        for number in list(self._layers):  # one after the other, for each frees its former ones
+            left._layers[number] = [part[rows] for part in self._layers.pop(number)]
+        return left

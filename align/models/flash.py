@@ -1,0 +1,72 @@
+"""FlashAttention on a GPU, in 16 bits: sequences of any lengths end to end in one call, none of them filled up.
+
+torch brings the kernels along. See `align.models.packed` for the layout, and `align.models.kernels` for tokens that are
+being written.
+"""
+
+import functools
+import importlib.util
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn.attention import varlen
+
+MOST_PER_HEAD = 256
+"""Numbers of a head that the kernels take, in multiples of 8."""
+
+_SHARED = {"enable_gqa": True} if "enable_gqa" in (varlen.varlen_attn.__kwdefaults__ or {}) else {}
+"""How a version of torch that wants to be told is told that several heads of queries may share one of keys."""
+
+
+def arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """In what a device multiplies numbers of this format: that of autocast where it is on."""
+    known = device.type in ("cpu", "cuda")  # `torch.amp.is_autocast_available` would end compiled code (PyTorch 2.11)
+    return torch.get_autocast_dtype(device.type) if known and torch.is_autocast_enabled(device.type) else dtype
+
+
+def suits(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether numbers of this format are attended to this way on a device, in the arithmetic at hand."""
+    return arithmetic(device, dtype).itemsize == 2 and _has_kernels(device)
+
+
+@functools.cache
+def _has_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether kernels of our own can be compiled."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def takes(query: Tensor) -> bool:
+    """Whether the kernels, if there are any, take heads like these."""
+    in_16_bits = arithmetic(query.device, query.dtype).itemsize == 2
+    return in_16_bits and query.shape[-1] <= MOST_PER_HEAD and not query.shape[-1] % 8
+
+
+def attend_end_to_end(
+    query: Float[Tensor, "heads tokens d"],
+    key: Float[Tensor, "shared tokens d"],
+    value: Float[Tensor, "shared tokens d"],
+    starts: Int[Tensor, " ends"],
+    longest: int,
+    scaling: float | None,
+) -> Float[Tensor, "tokens heads d"]:
+    """Each token attends to those before it in its sequence, and to itself.
+
+    Args:
+        query: Heads that share a key lie next to each other.
+        key, value: Of the same tokens.
+        starts: Where sequences begin, and where the last ends; int32.
+        longest: No sequence has more tokens.
+        scaling: Of the products; None: 1 / √d.
+    """
+    own = (_in_16_bits(values).transpose(0, 1) for values in (query, key, value))
+    return varlen.varlen_attn(*own, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), **_SHARED)
+
+
+def _in_16_bits(values: Tensor) -> Tensor:
+    return values.to(arithmetic(values.device, values.dtype))

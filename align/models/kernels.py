@@ -1,0 +1,95 @@
+"""Attention of tokens that are being written, on a GPU: each row's next token to all that is kept of its row.
+
+Work of this kind is bound by reading keys and values. torch's kernels read them at half of a GPU's speed or less: they
+are made for many queries a head, and mask what stands behind a row's end only after reading it. Here a program reads of
+one row and one head what is there, once for all query heads that share it, and writes the new token's on the way.
+"""
+
+import triton  # pyright: ignore[reportMissingImports]
+import triton.language as tl  # pyright: ignore[reportMissingImports]
+from jaxtyping import Float, Int
+from torch import Tensor
+
+LEAST_QUERIES = 16
+"""Rows of a product that matrix units take at least."""
+
+TOKENS = 64
+"""Read at once."""
+
+WARPS, STAGES = 4, 3
+"""Groups of threads of a program, and reads that are under way at a time."""
+
+
+def attend_to_kept(
+    query: Float[Tensor, "rows heads d"],
+    key: Float[Tensor, "rows shared d"],
+    value: Float[Tensor, "rows shared d"],
+    keys: Float[Tensor, "rows width shared d"],
+    values: Float[Tensor, "rows width shared d"],
+    lengths: Int[Tensor, " rows"],
+    growing: Int[Tensor, " rows"],
+    scaling: float,
+) -> Float[Tensor, "rows heads d"]:
+    """softmax(scaling · q kᵀ) v of one token a row, over what is kept of it and the token itself.
+
+    Args:
+        query: Heads that share a key lie next to each other.
+        key, value: Of the tokens; they are written behind what is kept.
+        keys, values: Of all rows, in 16 bits, in which products are computed.
+        lengths: Tokens kept of each row.
+        growing: 0: the row is of no account, and its result is anything.
+        scaling: Of the products.
+    """
+    rows, heads, size = query.shape
+    shared = key.shape[1]
+    out = keys.new_empty(query.shape)
+    _attend[(rows, shared)](
+        query, key, value, keys, values, lengths, growing, out,
+        query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+        keys.stride(0), keys.stride(1), keys.stride(2), out.stride(0), out.stride(1), scaling,
+        GROUP=heads // shared, QUERIES=max(LEAST_QUERIES, triton.next_power_of_2(heads // shared)),
+        SIZE=size, WIDTH=max(LEAST_QUERIES, triton.next_power_of_2(size)), TOKENS=TOKENS,
+        num_warps=WARPS, num_stages=STAGES,
+    )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _attend(
+    query, key, value, keys, values, lengths, growing, out,
+    query_row, query_head, key_row, key_head, value_row, value_head, kept_row, kept_token, kept_head, out_row, out_head,
+    scaling,
+    GROUP: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """One row and one head of keys; the softmax is kept up to date from tokens to tokens (arXiv:1805.02867)."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    length = tl.load(lengths + row)
+    count = tl.where(tl.load(growing + row) != 0, length, 0)
+    which, within = tl.arange(0, QUERIES), tl.arange(0, WIDTH)
+    is_query, is_number = which < GROUP, within < SIZE
+    asked = query + row * query_row + (head * GROUP + which)[:, None] * query_head + within
+    kind = keys.dtype.element_ty
+    asked = tl.load(asked, mask=is_query[:, None] & is_number, other=0.0).to(kind)
+    own_key = tl.load(key + row * key_row + head * key_head + within, mask=is_number, other=0.0).to(kind)
+    own_value = tl.load(value + row * value_row + head * value_head + within, mask=is_number, other=0.0).to(kind)
+    keys += row * kept_row + head * kept_head
+    values += row * kept_row + head * kept_head
+    tl.store(keys + length * kept_token + within, own_key, mask=is_number)
+    tl.store(values + length * kept_token + within, own_value, mask=is_number)
+
+    largest = tl.sum(asked.to(tl.float32) * own_key.to(tl.float32), 1) * scaling
+    total = tl.full((QUERIES,), 1.0, tl.float32)
+    found = tl.zeros((QUERIES, WIDTH), tl.float32) + own_value.to(tl.float32)
+    for start in range(0, count, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        place, there = token[:, None] * kept_token + within, (token < count)[:, None] & is_number
+        some = tl.load(keys + place, mask=there, other=0.0)
+        scores = tl.where(token < count, tl.dot(asked, tl.trans(some)) * scaling, float("-inf"))
+        larger = tl.maximum(largest, tl.max(scores, 1))
+        shares, fading = tl.exp(scores - larger[:, None]), tl.exp(largest - larger)
+        some = tl.load(values + place, mask=there, other=0.0)
+        found = found * fading[:, None] + tl.dot(shares.to(kind), some)
+        total = total * fading + tl.sum(shares, 1)
+        largest = larger
+    out += row * out_row + (head * GROUP + which)[:, None] * out_head + within
+    tl.store(out, (found / total[:, None]).to(kind), mask=is_query[:, None] & is_number)
