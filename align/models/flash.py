@@ -6,9 +6,9 @@ being written.
 
 import functools
 import importlib.util
+from typing import Any
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.attention import varlen
 
@@ -48,25 +48,21 @@ def takes(query: Tensor) -> bool:
 
 
 def attend_end_to_end(
-    query: Float[Tensor, "heads tokens d"],
-    key: Float[Tensor, "shared tokens d"],
-    value: Float[Tensor, "shared tokens d"],
-    starts: Int[Tensor, " ends"],
-    longest: int,
-    scaling: float | None,
-) -> Float[Tensor, "tokens heads d"]:
-    """Each token attends to those before it in its sequence, and to itself.
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scaling: float | None
+) -> Tensor:
+    """Each token attends to those before it in its sequence, and to itself. Part of compiled blocks.
 
     Args:
-        query: Heads that share a key lie next to each other.
-        key, value: Of the same tokens.
+        query: (heads, tokens, d); heads that share a key lie next to each other.
+        key, value: (shared, tokens, d), of the same tokens.
         starts: Where sequences begin, and where the last ends; int32.
         longest: No sequence has more tokens.
         scaling: Of the products; None: 1 / √d.
+
+    Returns:
+        (tokens, heads, d), in 16 bits.
     """
-    own = (_in_16_bits(values).transpose(0, 1) for values in (query, key, value))
-    return varlen.varlen_attn(*own, starts, starts, longest, longest, scale=scaling, window_size=(-1, 0), **_SHARED)
-
-
-def _in_16_bits(values: Tensor) -> Tensor:
-    return values.to(arithmetic(values.device, values.dtype))
+    kind = arithmetic(query.device, query.dtype)
+    own = [values.to(kind).transpose(0, 1) for values in (query, key, value)]
+    options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0), **_SHARED}
+    return varlen.varlen_attn(*own, starts, starts, longest, longest, **options)  # type: ignore[call-arg]

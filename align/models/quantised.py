@@ -147,10 +147,10 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     Embeddings, and all that is no matrix, stay as they are, also where an output layer shares the embedding's weight.
     """
-    kept: list[tuple[nn.Module, nn.Parameter]] = []
+    kept: list[tuple[nn.Linear | Conv1D, nn.Parameter]] = []
     for layer in model.modules():
         if isinstance(layer, nn.Linear | Conv1D) and layer.weight.dtype == torch.float32:
-            kept.append((layer, layer.weight))
+            kept.append((layer, layer.weight))  # type: ignore[arg-type]
             layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
     try:
         yield

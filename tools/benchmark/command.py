@@ -9,19 +9,33 @@ import datetime
 import json
 import platform
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import ExitStack, closing
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import logging
 
 from align.atomic import write_text
 from align.precision import multiplies_bfloat16
 from tools.benchmark import growth, measure, page, pictures, work
-from tools.benchmark.kinds import ALL, BFLOAT16, FLOAT32, GROWTH, KINDS, OURS, PLAIN, PRECISIONS, SCALING, TRL
+from tools.benchmark.kinds import (
+    ALL,
+    BFLOAT16,
+    CPU,
+    CUDA,
+    FLOAT32,
+    GROWTH,
+    KINDS,
+    OURS,
+    PLAIN,
+    PRECISIONS,
+    SCALING,
+    TRL,
+)
 from tools.benchmark.protocol import ROOT, BenchmarkError
 
 OUT = Path("docs")
@@ -33,18 +47,27 @@ console = Console(stderr=True, highlight=False)
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Measures what the arguments name; returns the exit code: 1 where something was left out, 2 where it cannot be."""
-    parser = _parser()
-    options = parser.parse_args(argv)
+    options = _parser().parse_args(argv)
+    gpu = options.device == CUDA
+    fast = (BFLOAT16,) if gpu else PRECISIONS if multiplies_bfloat16() else (FLOAT32,)
+    for name, usual in (
+        ("size", "1.4b" if gpu else "15m"),
+        ("only", ",".join(KINDS if gpu else ALL)),
+        ("against", PLAIN if gpu else f"{PLAIN},{TRL}"),
+        ("precision", ",".join(fast)),
+    ):
+        if getattr(options, name) is None:
+            setattr(options, name, usual)
     try:
-        only = _names("--only", options.only, ALL)
+        only = _names("--only", options.only, KINDS if gpu else ALL)
         families = _names("--against", options.against, (PLAIN, TRL))
         precisions = _names("--precision", options.precision, PRECISIONS)
-        found = _read(options.out) if options.report_only else _measured(options, only, families, precisions)
+        found = _read(options) if options.report_only else _measured(options, only, families, precisions)
         page.write(options.out / "performance.md", found)
     except BenchmarkError as error:
         console.print(f"error: {error}", markup=False, style="red", soft_wrap=True)
         return 2
-    pictures.draw(options.out / "performance.png", found)
+    pictures.draw(options.out / f"{_stem(options)}.png", found)
     console.print(page.tables(found), markup=False, soft_wrap=True)
     left_out = [name for kind in found["kinds"].values() for name in kind["left_out"]] + list(found["failed"])
     if left_out:
@@ -58,19 +81,25 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--only", default=",".join(ALL), help=f"what to measure, of {','.join(ALL)}")
-    parser.add_argument("--against", default=f"{PLAIN},{TRL}", help=f"whom to compare with, of {PLAIN},{TRL}")
-    fast = PRECISIONS if multiplies_bfloat16() else (FLOAT32,)
+    parser.add_argument(
+        "--only", help=f"what to measure, of {','.join(ALL)} (default: all; on a GPU {','.join(KINDS)})"
+    )
+    parser.add_argument(
+        "--against", help=f"whom to compare with, of {PLAIN},{TRL} (default: both; on a GPU {PLAIN} alone)"
+    )  # fmt: skip
     parser.add_argument(
         "--precision",
-        default=",".join(fast),
-        help=f"of {','.join(PRECISIONS)} (default: {FLOAT32}, and {BFLOAT16} on a CPU with units for it)",
+        help=f"of {','.join(PRECISIONS)} (default: {FLOAT32}, and {BFLOAT16} on a CPU with units for it; on a GPU it "
+        "alone)",
     )
     parser.add_argument("--turns", type=_positive, help="turns of each contender that count (default: 5, of PPO 3)")
     parser.add_argument(
         "--threads", type=_positive, default=growth.cores(), help="of each contender (default: all cores)"
     )
-    parser.add_argument("--size", choices=list(work.SIZES), default="15m", help="of models and data (default: 15m)")
+    parser.add_argument("--device", choices=(CPU, CUDA), default=CPU, help=f"where the work is done (default: {CPU})")
+    parser.add_argument(
+        "--size", choices=list(work.SIZES), help="of models and data (default: 15m; on a GPU 1.4b)"
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, default=OUT, help=f"folder of the results (default: {OUT})")
     parser.add_argument("--runs", type=Path, default=RUNS, help=f"folder of models, data and logs (default: {RUNS})")
     parser.add_argument("--venvs", type=Path, help="folder of environments with TRL (default: venvs in that of --runs)")
@@ -82,12 +111,12 @@ def _measured(
     options: argparse.Namespace, only: list[str], families: list[str], precisions: list[str]
 ) -> dict[str, Any]:
     """Measures, and writes performance.json after every kind of work."""
-    out, runs = options.out, options.runs.absolute()
+    out, runs, size = options.out, options.runs.absolute(), work.SIZES[options.size]
     out.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()
     with console.status("making models and data") as status, ExitStack() as stack:
         setup = measure.Setup(
-            work=work.write(runs / "work" / options.size, work.SIZES[options.size]),
+            work=work.write(runs / "work" / size.name, size, device=options.device),
             logs=runs / "logs",
             environments=(options.venvs or runs / "venvs").absolute(),
             threads=options.threads,
@@ -96,7 +125,13 @@ def _measured(
             precisions=precisions,
         )
         made = _made(options, precisions)
-        found: dict[str, Any] = {"made": made, "kinds": {}, "failed": {}, "limits": {}, **kept(out, made, only)}
+        found: dict[str, Any] = {
+            "made": made,
+            "kinds": {},
+            "failed": {},
+            "limits": {},
+            **kept(out / f"{_stem(options)}.json", made, only),
+        }
         bench = stack.enter_context(closing(measure.bench(setup)))
         for name in only:
             begun = datetime.datetime.now()
@@ -110,23 +145,22 @@ def _measured(
             for what, rates in measure.limits(setup, bench).items():
                 found["limits"].setdefault(what, []).extend(rates)
             _say_what_is_missing(name, found)
-            write_text(out / "performance.json", json.dumps(found, indent=1) + "\n")
+            write_text(out / f"{_stem(options)}.json", json.dumps(found, indent=1) + "\n")
             console.print(f"{name}: done in {(datetime.datetime.now() - begun).total_seconds():.0f} s")
     return found
 
 
-def kept(out: Path, made: dict[str, Any], only: Sequence[str]) -> dict[str, Any]:
-    """What an earlier run in the same folder measured alike on the same machine, and this one will not.
+def kept(path: Path, made: dict[str, Any], only: Sequence[str]) -> dict[str, Any]:
+    """What an earlier run whose results have the same name measured alike on the same machine, and this one will not.
 
     Alike: with models of the same size, as many threads, and in the same precisions.
 
     Returns:
         Results by kind of work, and under "earlier" when and of which commit they are.
     """
-    path = out / "performance.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"made": {}, "kinds": {}}
-    earlier = {"precisions": [FLOAT32], **before["made"]}  # results that do not say it were all in float32
-    if any(earlier.get(name) != made[name] for name in ("cpu", "cores", "threads", "size", "precisions")):
+    earlier = {"precisions": [FLOAT32], "gpu": "", **before["made"]}  # results that do not say it were all like this
+    if any(earlier.get(name) != made[name] for name in ("cpu", "gpu", "cores", "threads", "size", "precisions")):
         return {}
     own = {name: kind for name, kind in before["kinds"].items() if name not in only}
     others = {name: before[name] for name in (GROWTH, SCALING) if name in before and name not in only}
@@ -150,7 +184,9 @@ def _made(options: argparse.Namespace, precisions: list[str]) -> dict[str, Any]:
     return {
         "date": datetime.date.today().isoformat(),
         "commit": _commit(),
+        "device": options.device,
         "cpu": _cpu(),
+        "gpu": torch.cuda.get_device_name() if options.device == CUDA else "",
         "cores": growth.cores(),
         "threads": options.threads,
         "size": options.size,
@@ -179,8 +215,13 @@ def _cpu() -> str:
     return f"{found['model name']} ({', '.join(kind)})" if kind else found["model name"]
 
 
-def _read(out: Path) -> dict[str, Any]:
-    path = out / "performance.json"
+def _stem(options: argparse.Namespace) -> str:
+    """What files of results are called: results of a GPU stand beside those of a CPU."""
+    return "performance" if options.device == CPU else f"performance_{options.size}"
+
+
+def _read(options: argparse.Namespace) -> dict[str, Any]:
+    path = options.out / f"{_stem(options)}.json"
     if not path.exists():
         raise BenchmarkError(
             f"--report-only: {path} is not there; run without it first, or name another folder by --out"
@@ -188,7 +229,7 @@ def _read(out: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def _names(flag: str, given: str, known: Sequence[str]) -> list[str]:
+def _names(flag: str, given: str, known: Collection[str]) -> list[str]:
     """A list with commas; each name once."""
     names = [name.strip() for name in given.split(",") if name.strip()]
     unknown = [name for name in names if name not in known]

@@ -9,8 +9,12 @@ from align.bootstrap import Interval
 from tools.benchmark import results
 from tools.benchmark.kinds import MIXED
 
-SPEED, MEMORY, SHARE = "speed", "memory", "share"
-"""What a goal is about: how many times as fast, what part of the memory, or what share of the matrix limit."""
+SPEED, MEMORY, SHARE, MFU = "speed", "memory", "share", "mfu"
+"""What a goal is about: how many times as fast, what part of the memory, what share of the limit, or of what a GPU's
+datasheet promises (model FLOP utilisation)."""
+
+DATASHEET = {"NVIDIA H100 80GB HBM3": 989e12, "NVIDIA H200": 989e12}
+"""GPU -> operations a second in dense products of bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -23,7 +27,7 @@ class Goal:
         ours: The contender whose goal it is.
         against: With whom it is compared: the fastest of them. Nobody where a share is the goal.
         bound: Of memory the most that reaches the goal, of all else the least.
-        about: `SPEED`, `MEMORY` or `SHARE`.
+        about: `SPEED`, `MEMORY`, `SHARE` or `MFU`.
     """
 
     work: str
@@ -55,6 +59,7 @@ class Outcome:
 
 
 OURS, OURS_MIXED, TRL, TRL_MIXED = "ours", f"ours{MIXED}", "TRL", f"TRL{MIXED}"
+COMPILED = f"ours, compiled{MIXED}"
 FROZEN, TRUNK = f"ours, half frozen{MIXED}", f"ours, trunk half frozen{MIXED}"
 GENERATE = "ours, by generate"
 
@@ -78,26 +83,43 @@ GOALS = (
         for title, kind in (("SFT", "sft"), ("PPO's update", "ppo"), ("reward model, 4 answers", "reward4"))
         for ours in (OURS, OURS_MIXED)
     ),
+    *(
+        Goal(f"{title}, share of the datasheet's operations (MFU)", kind, ours, (), 0.45, MFU)
+        for title, kind in (("SFT", "sft"), ("PPO's update", "ppo"))
+        for ours in (OURS_MIXED, COMPILED)
+    ),
+    *(
+        Goal("rollout, share of the bandwidth of copies", "rollout", ours, (), 0.5, SHARE)
+        for ours in (OURS_MIXED, COMPILED)
+    ),
 )
 
 
-def outcomes(kinds: Mapping[str, Mapping[str, Any]]) -> Iterator[Outcome]:
-    """What was measured of each goal; a goal of which a contender is missing is left out.
+def outcomes(kinds: Mapping[str, Mapping[str, Any]], gpu: str = "") -> Iterator[Outcome]:
+    """What was measured of each goal; a goal of which a contender is missing, or what it is of, is left out.
 
     Args:
         kinds: Name of a kind -> what a run found of it.
+        gpu: On which, if on any.
     """
     for goal in GOALS:
         contenders = kinds.get(goal.kind, {}).get("contenders", {})
         if not {goal.ours, *goal.against} <= contenders.keys():
             continue
-        if goal.about == SHARE:
-            share = results.share_of_limit(kinds[goal.kind], goal.ours)
-            assert share is not None, "shares are goals of work whose operations are counted"
-            yield Outcome(goal, "", share)
+        if goal.about in (SHARE, MFU):
+            share = _share(goal, kinds[goal.kind], gpu)
+            if share is not None:
+                yield Outcome(goal, "", share)
         else:
             against = max(goal.against, key=lambda name: median(results.rates(contenders[name])))
             yield Outcome(goal, against, _ratio(goal, contenders[goal.ours], contenders[against]))
+
+
+def _share(goal: Goal, kind: Mapping[str, Any], gpu: str) -> Interval | None:
+    if goal.about == SHARE:
+        return results.share_of_limit(kind, goal.ours)
+    peak = DATASHEET.get(gpu)
+    return results.share_of(kind["contenders"][goal.ours], peak) if peak else None
 
 
 def _ratio(goal: Goal, ours: Mapping[str, Any], other: Mapping[str, Any]) -> Interval:

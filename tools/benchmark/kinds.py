@@ -16,8 +16,14 @@ PRECISIONS = (FLOAT32, BFLOAT16)
 TRAINERS: Mapping[str, str] = {FLOAT32: "32-true", BFLOAT16: "bf16-mixed"}
 """What Lightning's Trainer calls a precision."""
 
+CPU, CUDA = "cpu", "cuda"
+"""Where the work is done; `--device` names one."""
+
 MIXED = ", bf16"
 """How names of contenders in bfloat16 end."""
+
+COMPILED = "compiled"
+"""What a setting ends with where blocks are (`module.compile`)."""
 
 LOOP = "plain loop"
 """All are compared with it where a kind's baseline was not measured."""
@@ -35,6 +41,7 @@ class Contender:
         requirement: What its environment has beside this one's packages; None: nothing.
         networks: Whose blocks learn in PPO; half of one's blocks are half a network.
         precision: One of `PRECISIONS`; takes part where the run has it.
+        devices: Where it takes part.
     """
 
     name: str
@@ -44,6 +51,7 @@ class Contender:
     requirement: str | None = None
     networks: float = 2
     precision: str = FLOAT32
+    devices: tuple[str, ...] = (CPU,)
 
 
 @dataclass(frozen=True)
@@ -72,9 +80,21 @@ def twin(name: str) -> str:
     return name.removesuffix(MIXED)
 
 
+def _mixed(contender: Contender, *devices: str) -> Contender:
+    """A contender in bfloat16."""
+    return replace(contender, name=contender.name + MIXED, precision=BFLOAT16, devices=devices)
+
+
 def _both(contender: Contender) -> tuple[Contender, Contender]:
-    """A contender in float32, and behind it in bfloat16."""
-    return contender, replace(contender, name=contender.name + MIXED, precision=BFLOAT16)
+    """A contender in float32, and behind it in bfloat16, in which ours take part on a GPU, too."""
+    return contender, _mixed(contender, CPU, *((CUDA,) if contender.family == OURS else ()))
+
+
+def _on_gpu(contender: Contender) -> Contender:
+    return _mixed(contender, CUDA)
+
+
+_LOOP = Contender(LOOP, PLAIN, "plain")
 
 
 def _compared(count: int) -> Kind:
@@ -83,7 +103,8 @@ def _compared(count: int) -> Kind:
         unit="pairs/s",
         contenders=(
             *_both(Contender("ours", OURS, "ours")),
-            Contender(LOOP, PLAIN, "plain"),
+            _LOOP,
+            _on_gpu(_LOOP),
             *_both(Contender("TRL", TRL, "trl_trainers", ("defaults", "all at once"), CURRENT_TRL)),
         ),
         turns=5,
@@ -96,7 +117,9 @@ KINDS: Mapping[str, Kind] = {
         unit="tokens/s",
         contenders=(
             *_both(Contender("ours", OURS, "ours")),
-            Contender(LOOP, PLAIN, "plain"),
+            _on_gpu(Contender("ours, compiled", OURS, "ours", (COMPILED,))),
+            _LOOP,
+            _on_gpu(_LOOP),
             *_both(Contender("TRL", TRL, "trl_trainers", ("defaults",), CURRENT_TRL)),
             *_both(
                 Contender(
@@ -117,8 +140,9 @@ KINDS: Mapping[str, Kind] = {
         unit="response tokens/s",
         contenders=(
             *_both(Contender("ours", OURS, "ours", ("decode",))),
+            _on_gpu(Contender("ours, compiled", OURS, "ours", (f"decode, {COMPILED}",))),
             *_both(Contender("ours, by generate", OURS, "ours", ("generate",))),
-            Contender(LOOP, PLAIN, "plain"),
+            _LOOP,
         ),
         turns=5,
         limited=False,
@@ -129,10 +153,12 @@ KINDS: Mapping[str, Kind] = {
         unit="episodes/s",
         contenders=(
             *_both(Contender("ours", OURS, "ours", ("separate networks",))),
+            _on_gpu(Contender("ours, compiled", OURS, "ours", (f"separate networks, {COMPILED}",))),
             Contender("ours, one trunk", OURS, "ours", ("one trunk",), networks=1),
             *_both(Contender("ours, half frozen", OURS, "ours", ("half frozen",), networks=1)),
+            _on_gpu(Contender("ours, half frozen, compiled", OURS, "ours", (f"half frozen, {COMPILED}",), networks=1)),
             *_both(Contender("ours, trunk half frozen", OURS, "ours", ("trunk half frozen",), networks=0.5)),
-            Contender(LOOP, PLAIN, "plain"),
+            _LOOP,
             *_both(Contender("TRL", TRL, "trl_ppo", ("defaults", "all at once"), PPO_TRL)),
         ),
         turns=3,

@@ -9,17 +9,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from tools.benchmark.kinds import BFLOAT16, FLOAT32
+from tools.benchmark.kinds import BFLOAT16, CPU, CUDA, FLOAT32
 from tools.benchmark.protocol import Turn
-from tools.benchmark.work import Size, Work
+from tools.benchmark.work import Work
 
-ROWS = 2048
-"""Tokens of a product."""
+ROWS = {CPU: 2048, CUDA: 8192}
+"""Tokens of a product: as many as are computed at once by default."""
 
 SECONDS = 0.3
 """A turn repeats its product or copy for so long."""
 
-COPIED = 2**28
+COPIED = {CPU: 2**28, CUDA: 2**31}
 """Bytes of a copy: far more than caches hold."""
 
 BLOCKS, HEAD, COPY = "blocks", "head", "copy"
@@ -40,8 +40,9 @@ def prepare(kind: str, setting: str, work: Work, precision: str) -> Callable[...
         work: The common work.
         precision: Of no account: `what` says which.
     """
-    factors = {**_factors(work.size, FLOAT32), **_factors(work.size, BFLOAT16)}
-    source = torch.ones(COPIED // 4)
+    with torch.device(work.device):
+        factors = {**_factors(work, FLOAT32), **_factors(work, BFLOAT16)}
+        source = torch.ones(COPIED[work.device] // 4)
     target = torch.empty_like(source)
 
     def turn(what: str) -> Turn:
@@ -50,12 +51,12 @@ def prepare(kind: str, setting: str, work: Work, precision: str) -> Callable[...
         float32 is multiplied by torch's usual library and by oneDNN, which may be faster; the faster one counts.
         """
         if what == COPY:
-            return repeated(lambda: target.copy_(source), 2 * COPIED)
+            return repeated(lambda: target.copy_(source), 2 * COPIED[work.device], device=work.device)
         tokens, matrix = factors[what]
-        out = torch.empty(ROWS, matrix.shape[1], dtype=matrix.dtype)
-        units = 2 * ROWS * matrix.numel()
-        found = [repeated(lambda: torch.mm(tokens, matrix, out=out), units)]
-        if matrix.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        out = tokens.new_empty(len(tokens), matrix.shape[1])
+        units = 2 * len(tokens) * matrix.numel()
+        found = [repeated(lambda: torch.mm(tokens, matrix, out=out), units, device=work.device)]
+        if work.device == CPU and matrix.dtype == torch.float32 and torch.backends.mkldnn.is_available():
             turned, multiply = matrix.t().contiguous(), torch.ops.mkldnn._linear_pointwise
             found.append(repeated(lambda: multiply(tokens, turned, None, "none", [], ""), units))
         return max(found, key=lambda one: one.rate)
@@ -63,27 +64,37 @@ def prepare(kind: str, setting: str, work: Work, precision: str) -> Callable[...
     return turn
 
 
-def _factors(size: Size, precision: str) -> dict[str, tuple[Tensor, Tensor]]:
+def _factors(work: Work, precision: str) -> dict[str, tuple[Tensor, Tensor]]:
     """Tokens and a matrix for each product in a precision."""
+    size, rows = work.size, ROWS[work.device]
     widths, dtype = {BLOCKS: size.inner, HEAD: size.vocab}, getattr(torch, precision)
     return {
-        name: (torch.randn(ROWS, size.hidden, dtype=dtype), torch.randn(size.hidden, widths[shape], dtype=dtype))
+        name: (torch.randn(rows, size.hidden, dtype=dtype), torch.randn(size.hidden, widths[shape], dtype=dtype))
         for shape, name in products(precision).items()
     }
 
 
-def repeated(work: Callable[[], object], units: int, seconds: float = SECONDS) -> Turn:
+def done(device: str) -> None:
+    """Waits until a device has done what it was asked to."""
+    if device == CUDA:
+        torch.cuda.synchronize()
+
+
+def repeated(work: Callable[[], object], units: int, seconds: float = SECONDS, device: str = CPU) -> Turn:
     """Does something again and again.
 
     Args:
         work: What is done.
         units: How much that is.
         seconds: For so long, at least.
+        device: Which does it.
     """
     work()
-    start, count = time.perf_counter(), 0
-    while (taken := time.perf_counter() - start) < seconds or not count:
+    done(device)
+    start, count, taken = time.perf_counter(), 0, 0.0
+    while taken < seconds:
         work()
+        done(device)
         count += 1
         taken = time.perf_counter() - start
     return Turn(taken, units * count)

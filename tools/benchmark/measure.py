@@ -1,14 +1,14 @@
 """Lets contenders take turns at a kind of work, each in a process that waits while others compute."""
 
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tools.benchmark import flops, machine, venvs
-from tools.benchmark.kinds import FLOAT32, Contender, Kind
+from tools.benchmark.kinds import CUDA, FLOAT32, Contender, Kind
 from tools.benchmark.protocol import BenchmarkError, Worker
 from tools.benchmark.work import Work
 
@@ -51,9 +51,19 @@ class Setup:
         """Names of the products of matrices whose speed is the machine's limit, in all precisions."""
         return [name for precision in self.precisions for name in machine.products(precision).values()]
 
+    def limits(self, kind: Kind) -> list[str]:
+        """Names of what limits a kind of work, as far as it is known."""
+        if kind.limited:
+            return self.products
+        return [machine.COPY] if self.work.device == CUDA else []  # where writing is bound by reading
+
     def taking_part(self, kind: Kind) -> list[Contender]:
         """Whom of a kind's contenders this run has."""
-        return [item for item in kind.contenders if item.family in self.families and item.precision in self.precisions]
+        return [
+            item
+            for item in kind.contenders
+            if item.family in self.families and item.precision in self.precisions and self.work.device in item.devices
+        ]
 
     def prepare(self, worker: Worker, module: str, kind: str, setting: str, precision: str = FLOAT32) -> None:
         """Asks for preparation; `worker.receive` waits until it is done."""
@@ -81,31 +91,45 @@ def compare(name: str, kind: Kind, setup: Setup, bench: Worker, say: Say) -> dic
     Returns:
         `contenders`: name -> precision, setting, turns, bytes of memory before (`base`) and at most (`peak`), versions,
         what was found of each setting that was tried, and operations that one turn needs (`flops`). `left_out`: name ->
-        why. `limits`: operations a second of products of matrices, one number a turn.
+        why. `limits`: operations a second of products of matrices, one number a turn; of writing, bytes of copies.
 
     Raises:
         BenchmarkError: The first contender has failed, without which the others say little.
     """
+    result: dict[str, Any] = {"contenders": {}, "left_out": {}}
+    taking_part = setup.taking_part(kind)
+    # Models that fill a GPU do not wait in it for their turns; nor does anyone else compute on it meanwhile.
+    for group in [[item] for item in taking_part] if setup.work.device == CUDA else [taking_part]:
+        part = _in_turns(name, kind, group, setup, bench, say)
+        for what, own in part.items():
+            result[what] = own if what == "limits" else {**result[what], **own}
+        if (first := taking_part[0].name) in result["left_out"]:
+            raise BenchmarkError(f"{first}, without which the others say little: {result['left_out'][first]}")
+    return result
+
+
+def _in_turns(
+    name: str, kind: Kind, group: Sequence[Contender], setup: Setup, bench: Worker, say: Say
+) -> dict[str, dict[str, Any]]:
+    """See `compare`."""
     found: dict[str, dict[str, Any]] = {}
     left_out: dict[str, str] = {}
-    limits: dict[str, list[float]] = {what: [] for what in setup.products}
-    taking_part = setup.taking_part(kind)
+    limits: dict[str, list[float]] = {what: [] for what in setup.limits(kind)}
     running: dict[str, Worker] = {}
     with ExitStack() as stack:
-        for contender in taking_part:
+        for contender in group:
             try:
                 worker, found[contender.name] = _started(name, contender, setup, say)
             except BenchmarkError as error:
                 left_out[contender.name] = str(error)
                 continue
             running[contender.name] = stack.enter_context(closing(worker))
-            if kind.limited:
+            if limits:
                 found[contender.name]["flops"] = flops.of(name, setup.work, contender.networks)
         _each(running, left_out, lambda own, worker: found[own].update(_begun(worker.receive())))
         for number in range((setup.turns or kind.turns) + 1):
-            if kind.limited:
-                for what in limits:
-                    limits[what].append(bench.turn(what=what).rate)
+            for what, rates in limits.items():
+                rates.append(bench.turn(what=what).rate)
 
             def measured(own: str, worker: Worker, number: int = number) -> None:
                 say(f"{kind.title}: {own}, {f'turn {number}' if number else 'warming up'}")
@@ -113,17 +137,10 @@ def compare(name: str, kind: Kind, setup: Setup, bench: Worker, say: Say) -> dic
 
             _each(running, left_out, measured)
         _each(running, left_out, lambda own, worker: found[own].update(peak=worker.ask(do="end")["memory"]))
-    first = taking_part[0].name
-    if first not in running:
-        raise BenchmarkError(f"{first}, without which the others say little: {left_out[first]}")
     for own in found.values():
         own["turns"] = own["turns"][1:]
-    result: dict[str, Any] = {
-        "contenders": {own: item for own, item in found.items() if own in running}, "left_out": left_out
-    }  # fmt: skip
-    if kind.limited:
-        result["limits"] = {what: rates[1:] for what, rates in limits.items()}
-    return result
+    result = {"contenders": {own: item for own, item in found.items() if own in running}, "left_out": left_out}
+    return {**result, "limits": {what: rates[1:] for what, rates in limits.items()}} if limits else result
 
 
 def bench(setup: Setup) -> Worker:

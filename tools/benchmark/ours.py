@@ -21,6 +21,7 @@ from align.data.base import Encoded, compact, padded
 from align.data.comparisons import ComparisonData
 from align.data.demonstrations import DemonstrationData
 from align.data.experience import ExperienceData
+from align.models.compiled import compile_blocks
 from align.models.load import load_causal_lm, load_scalar_model, load_tokenizer
 from align.models.trunk import Head
 from align.modules.ppo import PPO, PPOModule
@@ -30,7 +31,8 @@ from align.optim import Optim
 from align.rollout.sampler import DecodeSampler, GenerateSampler
 from align.types import Prompts
 from tools.benchmark import work as common
-from tools.benchmark.kinds import BFLOAT16, TRAINERS
+from tools.benchmark.kinds import BFLOAT16, COMPILED, CPU, TRAINERS
+from tools.benchmark.machine import done
 from tools.benchmark.protocol import Turn
 from tools.benchmark.work import PAD, Size, Work
 
@@ -79,7 +81,8 @@ class Clock(L.Callback):
     began = first = ended = 0.0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before the first batch is asked for."""
+        """Before the first batch is asked for, and with everything compiled."""
+        done(pl_module.device.type)
         self.began = time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
@@ -88,6 +91,7 @@ class Clock(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the last step."""
+        done(pl_module.device.type)
         self.ended = time.perf_counter()
 
 
@@ -122,32 +126,34 @@ def prepare(kind: str, setting: str, work: Work, precision: str) -> Callable[...
 
     Args:
         kind: See `tools.benchmark.kinds`.
-        setting: Of PPO: `SEPARATE`, `TRUNK`, `FROZEN` or `BOTH`. Of "rollout": "decode" or "generate".
+        setting: Of PPO: `SEPARATE`, `TRUNK`, `FROZEN` or `BOTH`. Of "rollout": "decode" or "generate". Behind it, or
+            alone, `COMPILED`.
         work: The common work.
         precision: Of the Trainer; where there is none, of the sampler.
     """
     keep_freed_memory()  # as every command of align does
+    compiles, setting = setting.endswith(COMPILED), setting.removesuffix(COMPILED).removesuffix(", ")
     if kind == "sft":
-        return _sft(work, precision)
+        return _sft(work, precision, compiles)
     if kind == "growth":
         return lambda **point: grow(work.size, precision, **point)
     if kind == "ppo":
-        return _ppo(work, setting, precision)
+        return _ppo(work, setting, precision, compiles)
     if kind == "rollout":
-        return _rollout(work, setting, precision)
+        return _rollout(work, setting, precision, compiles)
     return _reward(work, int(kind.removeprefix("reward")), precision)
 
 
-def _sft(work: Work, precision: str) -> Callable[[], Turn]:
+def _sft(work: Work, precision: str, compiles: bool) -> Callable[[], Turn]:
     tokenizer = load_tokenizer(work.policy)
-    module = SFTModule(model=load_causal_lm(work.policy), tokenizer=tokenizer, optim=_optim())
+    module = SFTModule(model=load_causal_lm(work.policy), tokenizer=tokenizer, optim=_optim(), compile=compiles)
     data = Demonstrations(
         tokenizer=tokenizer, train=work.demonstrations, batch_size=work.size.batch, **_limits(work.size)
     )  # fmt: skip
     tokens = sum(len(row["prompt"]) + len(row["response"]) for row in work.demonstrations)
 
     def turn() -> Turn:
-        clock = _fit(module, data, precision)
+        clock = _fit(module, data, precision, work.device)
         return Turn(clock.ended - clock.began, tokens)
 
     return turn
@@ -161,13 +167,13 @@ def _reward(work: Work, count: int, precision: str) -> Callable[[], Turn]:
     pairs = len(rows) * count * (count - 1) // 2
 
     def turn() -> Turn:
-        clock = _fit(module, data, precision)
+        clock = _fit(module, data, precision, work.device)
         return Turn(clock.ended - clock.began, pairs)
 
     return turn
 
 
-def _ppo(work: Work, setting: str, precision: str) -> Callable[[], Turn]:
+def _ppo(work: Work, setting: str, precision: str, compiles: bool) -> Callable[[], Turn]:
     size, tokenizer = work.size, load_tokenizer(work.policy)
     trained = size.layers // 2 if setting in (FROZEN, BOTH) else None
     policy, value = load_causal_lm(work.policy, trained_blocks=trained), None
@@ -182,6 +188,7 @@ def _ppo(work: Work, setting: str, precision: str) -> Callable[[], Turn]:
         sampler=DecodeSampler(max_new_tokens=size.response.high),
         tokenizer=tokenizer,
         optim=_optim(),
+        compile=compiles,
         ppo=PPO(
             kl_coef=common.KL, gamma=common.GAMMA, lam=common.LAMBDA, clip=common.CLIP, value_coef=common.VALUE_COEF
         ),
@@ -198,7 +205,7 @@ def _ppo(work: Work, setting: str, precision: str) -> Callable[[], Turn]:
 
     def turn() -> Turn:
         numbers = Numbers()
-        clock = _fit(module, data, precision, numbers)
+        clock = _fit(module, data, precision, work.device, logger=numbers)
         (rollout,), (scoring,) = (numbers.found[f"speed/{name}_seconds"] for name in ("rollout", "scoring"))
         seconds = clock.ended - clock.began
         phases = {"rollout": rollout, "scoring": scoring, "update": seconds - rollout - scoring}
@@ -207,8 +214,10 @@ def _ppo(work: Work, setting: str, precision: str) -> Callable[[], Turn]:
     return turn
 
 
-def _rollout(work: Work, setting: str, precision: str) -> Callable[[], Turn]:
-    policy, limit = load_causal_lm(work.policy), work.size.response.high
+def _rollout(work: Work, setting: str, precision: str, compiles: bool) -> Callable[[], Turn]:
+    policy, limit = load_causal_lm(work.policy).to(work.device), work.size.response.high
+    if compiles:
+        compile_blocks([policy], ragged=True)
     sampler = GenerateSampler(max_new_tokens=limit)
     if setting == "decode":
         sampler = DecodeSampler(max_new_tokens=limit, dtype="bfloat16" if precision == BFLOAT16 else "float32")
@@ -217,8 +226,8 @@ def _rollout(work: Work, setting: str, precision: str) -> Callable[[], Turn]:
 
     def turn() -> Turn:
         start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == BFLOAT16):
-            completions = sampler(policy, prompts)
+        with torch.autocast(work.device, torch.bfloat16, enabled=precision == BFLOAT16):
+            completions = sampler(policy, prompts.to(work.device)).to(CPU)
         return Turn(time.perf_counter() - start, int(completions.response_lengths.sum()))
 
     return turn
@@ -248,7 +257,7 @@ def grow(size: Size, precision: str, *, examples: int, length: int | None = None
         tokenizer=tokenizer, train=rows, batch_size=examples, max_prompt_tokens=changed.positions,
         max_response_tokens=changed.positions,
     )  # fmt: skip
-    clock = _fit(module, data, precision, max_epochs=GROWTH_STEPS)
+    clock = _fit(module, data, precision, CPU, max_epochs=GROWTH_STEPS)
     tokens = sum(len(row["prompt"]) + len(row["response"]) for row in rows)
     return Turn(clock.ended - clock.first, tokens * (GROWTH_STEPS - 1))
 
@@ -257,13 +266,15 @@ def _fit(
     module: L.LightningModule,
     data: L.LightningDataModule,
     precision: str,
+    device: str,
+    *,
     logger: Logger | None = None,
     max_epochs: int = 1,
 ) -> Clock:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
-            accelerator="cpu", precision=TRAINERS[precision], max_epochs=max_epochs, logger=logger or False,
+            accelerator=device, devices=1, precision=TRAINERS[precision], max_epochs=max_epochs, logger=logger or False,
             callbacks=[clock], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             num_sanity_val_steps=0, use_distributed_sampler=False, default_root_dir=Path(folder),
         )  # fmt: skip

@@ -11,10 +11,6 @@ from tools.benchmark import goals, machine, results
 from tools.benchmark.kinds import FLOAT32, KINDS, PRECISIONS
 from tools.benchmark.protocol import BenchmarkError
 
-BEGIN, END = "<!-- results -->", "<!-- /results -->"
-NEW = f"# Performance\n\n{BEGIN}\n{END}\n"
-"""A page where there is none."""
-
 MB, GIGA = 1e6, 1e9
 
 
@@ -24,14 +20,22 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
     Raises:
         BenchmarkError: The page has no markers.
     """
-    text = path.read_text(encoding="utf-8") if path.exists() else NEW
-    before, begin, rest = text.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    start, stop = markers(found)
+    text = path.read_text(encoding="utf-8") if path.exists() else f"# Performance\n\n{start}\n{stop}\n"
+    before, begin, rest = text.partition(start)
+    _, end, after = rest.partition(stop)
     if not begin or not end:
         raise BenchmarkError(
-            f"{path}: got no {BEGIN} with {END} behind it, expected both; add them where the tables shall be"
+            f"{path}: got no {start} with {stop} behind it, expected both; add them where the tables shall be"
         )
-    write_text(path, f"{before}{BEGIN}\n{tables(found)}{END}{after}")
+    write_text(path, f"{before}{start}\n{tables(found)}{stop}{after}")
+
+
+def markers(found: Mapping[str, Any]) -> tuple[str, str]:
+    """Between which a page has these results: those of a GPU, and of each size there, have their own."""
+    made = found["made"]
+    name = f"results {made['size']} gpu" if made.get("gpu") else "results"
+    return f"<!-- {name} -->", f"<!-- /{name} -->"
 
 
 def tables(found: Mapping[str, Any]) -> str:
@@ -42,7 +46,7 @@ def tables(found: Mapping[str, Any]) -> str:
         parts.append("\n".join(_speeds(kinds)))
     if "ppo" in kinds:
         parts.append("\n".join(_phases(kinds["ppo"])))
-    if reached := list(goals.outcomes(kinds)):
+    if reached := list(goals.outcomes(kinds, found["made"].get("gpu", ""))):
         parts.append("\n".join(_goals(reached)))
     parts += [part for part in (_machine(found), _scaling(found), _growth(found), _left_out(found)) if part]
     return "\n\n".join(parts) + "\n"
@@ -52,9 +56,10 @@ def _heading(found: Mapping[str, Any]) -> str:
     made = found["made"]
     versions = ", ".join(f"{name} {version}" for name, version in made["versions"].items())
     precisions = " and ".join(made.get("precisions", [FLOAT32]))
+    where = made.get("gpu") or f"{made['cpu']}, {made['threads']} threads of {made['cores']} cores"
     return (
-        f"{made['date']}, commit {made['commit']}: {made['cpu']}, {made['threads']} threads of {made['cores']} cores, "
-        f"{precisions}; {versions}. Medians of turns; in brackets 95 % intervals.{_earlier(found)}"
+        f"{made['date']}, commit {made['commit']}: {where}, {precisions}; {versions}. "
+        f"Medians of turns; in brackets 95 % intervals.{_earlier(found)}"
     )
 
 
@@ -69,7 +74,7 @@ def _earlier(found: Mapping[str, Any]) -> str:
 
 
 def _speeds(kinds: Mapping[str, Mapping[str, Any]]) -> Iterator[str]:
-    yield "| work | who | speed | times as fast as | share of the matrix limit | memory, MB |"
+    yield "| work | who | speed | times as fast as | share of the limit | memory, MB |"
     yield "|---|---|---:|---:|---:|---:|"
     for name, kind in kinds.items():
         ratios, base = results.speedups(name, kind), results.baseline(name, kind)
@@ -106,8 +111,9 @@ def _goals(reached: Iterable[goals.Outcome]) -> Iterator[str]:
     yield "|---|---|---|---:|---:|"
     for item in reached:
         goal, least = item.goal, "at most" if item.goal.about == goals.MEMORY else "at least"
-        bound = f"{goal.bound:.0%}" if goal.about == goals.SHARE else f"{goal.bound:g} ×"
-        shown = percent(item.found) if goal.about == goals.SHARE else times(item.found)
+        is_share = goal.about in (goals.SHARE, goals.MFU)
+        bound = f"{goal.bound:.0%}" if is_share else f"{goal.bound:g} ×"
+        shown = percent(item.found) if is_share else times(item.found)
         yield f"| {goal.work} | {goal.ours} | {item.against} | {least} {bound} | {_bold(shown, item.reached)} |"
 
 

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from tools.benchmark.kinds import BFLOAT16
+from tools.benchmark.machine import done
 from tools.benchmark.plain_ppo import ppo, rollout
 from tools.benchmark.protocol import Turn
 from tools.benchmark.work import LEARNING_RATE, PAD, Work
@@ -32,17 +34,24 @@ def prepare(kind: str, setting: str, work: Work, precision: str) -> Callable[[],
         kind: See `tools.benchmark.kinds`.
         setting: There is only one.
         work: The common work.
-        precision: Always float32.
+        precision: bfloat16 only where the work is on a GPU, by autocast.
     """
     if kind == "sft":
-        return _sft(work)
-    if kind in ("ppo", "rollout"):
-        return ppo(work) if kind == "ppo" else rollout(work)
-    return _reward(work, int(kind.removeprefix("reward")))
+        turn = _sft(work)
+    elif kind in ("ppo", "rollout"):
+        turn = ppo(work) if kind == "ppo" else rollout(work)
+    else:
+        turn = _reward(work, int(kind.removeprefix("reward")))
+
+    def mixed() -> Turn:
+        with torch.device(work.device), torch.autocast(work.device, torch.bfloat16, enabled=precision == BFLOAT16):
+            return turn()
+
+    return mixed
 
 
 def _sft(work: Work) -> Callable[[], Turn]:
-    model = AutoModelForCausalLM.from_pretrained(work.policy, dtype=torch.float32).train()
+    model = AutoModelForCausalLM.from_pretrained(work.policy, dtype=torch.float32).train().to(work.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     tokens = sum(len(row["prompt"]) + len(row["response"]) for row in work.demonstrations)
 
@@ -54,13 +63,14 @@ def _sft(work: Work) -> Callable[[], Turn]:
             logits = model(input_ids=ids, attention_mask=mask.long()).logits
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
             step(loss, model, optimizer)
+        done(work.device)
         return Turn(time.perf_counter() - start, tokens)
 
     return turn
 
 
 def _reward(work: Work, count: int) -> Callable[[], Turn]:
-    model = AutoModelForSequenceClassification.from_pretrained(work.reward, dtype=torch.float32).train()
+    model = AutoModelForSequenceClassification.from_pretrained(work.reward, dtype=torch.float32).train().to(work.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     rows = work.comparisons[count]
     pairs = len(rows) * count * (count - 1) // 2
@@ -74,6 +84,7 @@ def _reward(work: Work, count: int) -> Callable[[], Turn]:
             place = torch.arange(len(picked))[:, None]
             loss = -F.logsigmoid(rewards[place, better] - rewards[place, worse]).mean()
             step(loss, model, optimizer)
+        done(work.device)
         return Turn(time.perf_counter() - start, pairs)
 
     return turn

@@ -11,7 +11,7 @@ import torch
 
 from align.bootstrap import LEVELS, Interval
 from tools.benchmark import machine
-from tools.benchmark.kinds import FLOAT32, KINDS, LOOP
+from tools.benchmark.kinds import FLOAT32, KINDS, LOOP, MIXED
 from tools.benchmark.protocol import Turn
 
 RESAMPLES = 10_000
@@ -60,7 +60,8 @@ def exact(value: float) -> Interval:
 
 def baseline(name: str, kind: Mapping[str, Any]) -> str | None:
     """With whom contenders are compared: the baseline of the kind of that name, or the plain loop in its absence."""
-    return next((one for one in (KINDS[name].baseline, LOOP) if one in kind["contenders"]), None)
+    known = (KINDS[name].baseline, LOOP)
+    return next((one for one in (*known, *(base + MIXED for base in known)) if one in kind["contenders"]), None)
 
 
 def speedups(name: str, kind: Mapping[str, Any]) -> dict[str, Interval]:
@@ -81,15 +82,21 @@ def share_of_limit(kind: Mapping[str, Any], name: str) -> Interval | None:
     """Operations that the work needs, a second, as a share of what products of matrices reach in the same turns.
 
     The products are in the contender's precision; of both shapes the faster one counts.
-    Of PPO it is the update's share. None where operations are not counted.
+    Of PPO it is the update's share. Of writing, bytes read as a share of copies. None where nothing is counted.
     """
     contender = kind["contenders"][name]
     if "flops" not in contender:
         return None
-    names = machine.products(precision(contender)).values()
+    names = (*machine.products(precision(contender)).values(), machine.COPY)
     limit = max((kind["limits"][what] for what in names if what in kind["limits"]), key=median)
+    return share_of(contender, limit)
+
+
+def share_of(contender: Mapping[str, Any], limit: float | Sequence[float]) -> Interval:
+    """What a contender's work needs, a second, as a share of a limit, or of one of each turn; of PPO the update's."""
     seconds = [turn.phases.get("update", turn.seconds) for turn in turns(contender)]
-    return ratio_of_medians([contender["flops"] / taken for taken in seconds], limit)
+    limits = [limit] * len(seconds) if isinstance(limit, float) else limit
+    return ratio_of_medians([contender["flops"] / taken for taken in seconds], limits)
 
 
 def phases(kind: Mapping[str, Any]) -> dict[str, dict[str, float]]:

@@ -22,6 +22,8 @@ from tokenizers.pre_tokenizers import WhitespaceSplit
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
+from tools.benchmark.kinds import CPU
+
 PAD, BOS, EOS, FIRST = 0, 1, 2, 3
 """Ids of special tokens, and of the first of all others."""
 
@@ -59,6 +61,7 @@ class Size:
 
     Attributes:
         hidden, layers, heads, inner, vocab: Shape of all models: a Llama with untied embeddings.
+        sharing: Heads of queries that share one of keys.
         positions: The longest sequence it takes.
         prompt, response: Lengths. `response.high` is the limit of new tokens as well.
         batch: Examples of one optimizer step of SFT.
@@ -83,6 +86,7 @@ class Size:
     episodes: int
     epochs: int
     prompts: int
+    sharing: int = 1
 
 
 SIZES = {
@@ -90,6 +94,17 @@ SIZES = {
         name="15m", hidden=256, layers=8, heads=8, inner=1024, vocab=8192, positions=1024,
         prompt=Spread(64, 16, 256), response=Spread(40, 4, 128),
         batch=32, steps=2, compared={4: 8, 9: 2}, episodes=24, epochs=4, prompts=64,
+    ),
+    # As many weights as InstructGPT's smallest policy, and the shape of Llama 3.2 1B.
+    "1.4b": Size(
+        name="1.4b", hidden=2048, layers=24, heads=16, inner=5504, vocab=50304, positions=2048,
+        prompt=Spread(128, 16, 512), response=Spread(160, 16, 512),
+        batch=128, steps=2, compared={4: 32, 9: 8}, episodes=256, epochs=2, prompts=1024,
+    ),
+    "1b": Size(
+        name="1b", hidden=2048, layers=16, heads=32, inner=8192, vocab=128256, positions=2048,
+        prompt=Spread(128, 16, 512), response=Spread(160, 16, 512), sharing=4,
+        batch=128, steps=2, compared={4: 32, 9: 8}, episodes=256, epochs=2, prompts=1024,
     ),
     "tiny": Size(
         name="tiny", hidden=32, layers=2, heads=4, inner=64, vocab=256, positions=64,
@@ -116,6 +131,7 @@ class Work:
         comparisons: Answers to a prompt -> `prompt`, `responses` and `scores`, no two of them alike.
         episodes: Prompts of a rollout of PPO.
         prompts: Prompts where only the sampler is measured.
+        device: Where the work is done.
     """
 
     folder: Path
@@ -124,6 +140,7 @@ class Work:
     comparisons: dict[int, list[dict[str, Any]]]
     episodes: list[list[int]]
     prompts: list[list[int]]
+    device: str = CPU
 
     @classmethod
     def read(cls, folder: Path) -> "Work":
@@ -139,7 +156,8 @@ class Work:
             }
         )
         comparisons = {int(count): rows for count, rows in found["comparisons"].items()}
-        return cls(folder, size, found["demonstrations"], comparisons, found["episodes"], found["prompts"])
+        texts = (found["demonstrations"], comparisons, found["episodes"], found["prompts"])
+        return cls(folder, size, *texts, device=found["device"])
 
     @property
     def policy(self) -> str:
@@ -152,8 +170,8 @@ class Work:
         return str(self.folder / REWARD)
 
 
-def write(folder: Path, size: Size, seed: int = 0) -> Work:
-    """Makes the work and writes it: models, tokenizer and `work.json`."""
+def write(folder: Path, size: Size, seed: int = 0, device: str = CPU) -> Work:
+    """Makes the work for a device and writes it: models, tokenizer and `work.json`."""
     if size.response.high > size.hidden:
         raise ValueError(
             f"{size.name}: responses of up to {size.response.high} tokens need a model with at least as many hidden "
@@ -167,9 +185,10 @@ def write(folder: Path, size: Size, seed: int = 0) -> Work:
         comparisons={count: _comparisons(size, count, draw) for count in size.compared},
         episodes=_prompts(size, size.episodes, draw),
         prompts=_prompts(size, size.prompts, draw),
+        device=device,
     )
     folder.mkdir(parents=True, exist_ok=True)
-    _write_models(folder, size, seed)
+    _write_models(folder, size, seed, device)
     content = {name: value for name, value in vars(work).items() if name not in ("folder", "size")}
     (folder / "work.json").write_text(json.dumps({"size": asdict(size), **content}), encoding="utf-8")
     return work
@@ -242,31 +261,33 @@ def config(size: Size) -> LlamaConfig:
     """The shape of all models."""
     return LlamaConfig(
         vocab_size=size.vocab, hidden_size=size.hidden, intermediate_size=size.inner, num_hidden_layers=size.layers,
-        num_attention_heads=size.heads, num_key_value_heads=size.heads, max_position_embeddings=size.positions,
+        num_attention_heads=size.heads, num_key_value_heads=size.heads // size.sharing,
+        max_position_embeddings=size.positions,
         pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, tie_word_embeddings=False, num_labels=1,
     )  # fmt: skip
 
 
-def _write_models(folder: Path, size: Size, seed: int) -> None:
+def _write_models(folder: Path, size: Size, seed: int, device: str) -> None:
     torch.manual_seed(seed)
-    policy, reward = LlamaForCausalLM(config(size)), LlamaForSequenceClassification(config(size))
+    with torch.device(device):  # which takes seconds for a thousand million random numbers, and a CPU a minute
+        policy, reward = LlamaForCausalLM(config(size)), LlamaForSequenceClassification(config(size))
     with torch.no_grad():
         _count_down(policy.model.embed_tokens.weight, policy.lm_head.weight, size)
     reward.model.load_state_dict(policy.model.state_dict())
     words = tokenizer(size.vocab)
     for name, model in ((POLICY, policy), (REWARD, reward)):
-        model.save_pretrained(folder / name)
+        model.to(torch.float32 if device == CPU else torch.bfloat16).save_pretrained(folder / name)
         words.save_pretrained(folder / name)
 
 
 def _count_down(embedding: Tensor, output: Tensor, size: Size) -> None:
     """Lets answers count down; see above. One hidden unit stands for each class."""
     embedding.normal_(0.0, NOISE)
-    for token in range(FIRST, size.vocab):
-        own = token_class(token, size)
-        embedding[token, own - 1] += EMBEDDED
-        if own < size.response.high:
-            output[token, own] += WANTED  # the class above it, which stands in the unit of that number less one
+    tokens = torch.arange(FIRST, size.vocab, device=embedding.device)
+    classes = 1 + (tokens - FIRST) % size.response.high
+    embedding[tokens, classes - 1] += EMBEDDED
+    below = classes < size.response.high
+    output[tokens[below], classes[below]] += WANTED  # the class above, which stands in the unit of that number less one
     output[EOS, 0] += WANTED
 
 

@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import torch
 
+from tools.benchmark.kinds import CPU, CUDA
 from tools.benchmark.protocol import Turn, peak_bytes
 from tools.benchmark.work import Work
 
@@ -33,6 +34,7 @@ def serve(requests: TextIO, answers: TextIO) -> None:
     before any model was there. `turn` measures; `end` tells the most memory that was ever in use.
     """
     job: Job | None = None
+    device = CPU
     for line in requests:
         request = json.loads(line)
         answer: dict[str, Any]
@@ -40,20 +42,24 @@ def serve(requests: TextIO, answers: TextIO) -> None:
             torch.set_num_threads(request["threads"])
             torch.manual_seed(0)
             module = importlib.import_module(request["module"])
-            answer = {"memory": _peak(), "versions": _versions()}
             work = Work.read(Path(request["work"]))
+            device = work.device
+            answer = {"memory": _peak(device), "versions": _versions()}
             job = module.prepare(request["kind"], request["setting"], work, request["precision"])
         elif request["do"] == "turn":
             assert job is not None, "nothing was prepared"
             answer = job(**request["arguments"]).asdict()
             gc.collect()  # what a turn's trainer has left in cycles would count as the next turn's memory
         else:
-            answer = {"memory": _peak()}
+            answer = {"memory": _peak(device)}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
 
 
-def _peak() -> int:
+def _peak(device: str) -> int:
+    """Of this process; on a GPU, of its tensors."""
+    if device == CUDA:
+        return torch.cuda.max_memory_allocated()
     return peak_bytes(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 

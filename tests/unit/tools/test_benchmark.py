@@ -307,7 +307,7 @@ def test_goals_have_a_table(found: dict[str, Any]) -> None:
 def test_goals_name_contenders_that_exist() -> None:
     for goal in goals.GOALS:
         assert {goal.ours, *goal.against} <= {item.name for item in KINDS[goal.kind].contenders}
-        assert (goal.about == goals.SHARE) == (not goal.against) and (KINDS[goal.kind].limited or goal.against)
+        assert (goal.about in (goals.SHARE, goals.MFU)) == (not goal.against)
 
 
 def test_phases_have_a_table_of_their_own(found: dict[str, Any]) -> None:
@@ -331,7 +331,7 @@ def test_numbers_have_three_digits(value: float, shown: str) -> None:
 
 def test_a_page_keeps_what_stands_around_the_tables(tmp_path: Path, found: dict[str, Any]) -> None:
     path = tmp_path / "page.md"
-    path.write_text(f"before\n{page.BEGIN}\nold\n{page.END}\nbehind\n")
+    path.write_text("before\n<!-- results -->\nold\n<!-- /results -->\nbehind\n")
     page.write(path, found)
     text = path.read_text()
     assert text.startswith("before\n") and text.endswith("behind\n") and "old" not in text and "30 tokens/s" in text
@@ -343,19 +343,25 @@ def test_a_page_keeps_what_stands_around_the_tables(tmp_path: Path, found: dict[
 def test_a_run_of_one_kind_keeps_what_others_measured_on_the_same_machine(
     tmp_path: Path, found: dict[str, Any]
 ) -> None:
-    now = {**found["made"], "size": "15m", "commit": "def", "date": "2025-02-02", "precisions": [FLOAT32]}
-    assert command.kept(tmp_path, now, ["ppo"]) == {}
+    now = {**found["made"], "gpu": "", "size": "15m", "commit": "def", "date": "2025-02-02", "precisions": [FLOAT32]}
+    assert command.kept(tmp_path / "performance.json", now, ["ppo"]) == {}
     kinds = {**found["kinds"], "ppo": found["kinds"]["sft"]}
     before = {**found, "kinds": kinds, "made": {**found["made"], "size": "15m"}}
     before["earlier"] = {"sft": {"date": "2024-12-31", "commit": "old"}}
     (tmp_path / "performance.json").write_text(json.dumps(before))
-    kept = command.kept(tmp_path, now, ["ppo"])
+    kept = command.kept(tmp_path / "performance.json", now, ["ppo"])
     assert kept["kinds"] == found["kinds"] and kept["growth"] == found["growth"] and "limits" not in kept
     mine, old = {"date": "2025-01-01", "commit": "abc"}, {"date": "2024-12-31", "commit": "old"}
     assert kept["earlier"] == {"sft": old, "growth": mine, "scaling": mine}
-    assert command.kept(tmp_path, now, ["growth", "scaling", "sft"])["earlier"] == {"ppo": mine}
-    for changed in ({"cpu": "another"}, {"threads": 1}, {"size": "tiny"}, {"precisions": [FLOAT32, BFLOAT16]}):
-        assert command.kept(tmp_path, {**now, **changed}, ["ppo"]) == {}
+    assert command.kept(tmp_path / "performance.json", now, ["growth", "scaling", "sft"])["earlier"] == {"ppo": mine}
+    for changed in (
+        {"cpu": "another"},
+        {"gpu": "one"},
+        {"threads": 1},
+        {"size": "tiny"},
+        {"precisions": [FLOAT32, BFLOAT16]},
+    ):
+        assert command.kept(tmp_path / "performance.json", {**now, **changed}, ["ppo"]) == {}
     shown = page.tables({**found, "made": now, **kept})
     assert "2025-02-02, commit def: A CPU" in shown
     assert "Of 2024-12-31, commit old: SFT. Of 2025-01-01, commit abc: growth; scaling.\n" in shown

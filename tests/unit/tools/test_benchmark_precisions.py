@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tools.benchmark import growth, machine, measure, ours, work
-from tools.benchmark.kinds import BFLOAT16, FLOAT32, KINDS, twin
+from tools.benchmark.kinds import BFLOAT16, CPU, CUDA, FLOAT32, KINDS, twin
 from tools.benchmark.protocol import Turn
 
 TINY = work.SIZES["tiny"]
@@ -25,9 +25,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> work.Work:
     return work.write(tmp_path_factory.mktemp("work"), TINY)
 
 
-def setup(precisions: list[str]) -> measure.Setup:
+def setup(precisions: list[str], device: str = CPU) -> measure.Setup:
     """A run without TRL, of which only who takes part is asked."""
-    nowhere, nothing = Path("nowhere"), work.Work(Path("nowhere"), TINY, [], {}, [], [])
+    nowhere, nothing = Path("nowhere"), work.Work(Path("nowhere"), TINY, [], {}, [], [], device)
     return measure.Setup(nothing, nowhere, nowhere, 1, None, ("ours", "plain"), precisions)
 
 
@@ -110,6 +110,8 @@ def test_contenders_in_bfloat16_do_what_their_twins_do() -> None:
     for kind in KINDS.values():
         by_name = {item.name: item for item in kind.contenders}
         for item in kind.contenders:
+            if CPU not in item.devices:
+                continue
             own = by_name[twin(item.name)]
             assert (item.name == own.name) == (item.precision == FLOAT32)
             assert (item.module, item.settings, item.networks) == (own.module, own.settings, own.networks)
@@ -119,12 +121,21 @@ def test_contenders_in_bfloat16_do_what_their_twins_do() -> None:
     ]  # fmt: skip
 
 
+def test_a_gpu_has_contenders_of_its_own() -> None:
+    on_gpu = setup([FLOAT32, BFLOAT16], CUDA)
+    names = {name: [item.name for item in on_gpu.taking_part(kind)] for name, kind in KINDS.items()}
+    assert names["sft"] == ["ours, bf16", "ours, compiled, bf16", "plain loop, bf16"]
+    assert names["rollout"] == ["ours, bf16", "ours, compiled, bf16", "ours, by generate, bf16"]
+    assert all(found[0] == "ours, bf16" for found in names.values())
+    assert on_gpu.limits(KINDS["rollout"]) == ["copy"] and on_gpu.limits(KINDS["sft"]) == on_gpu.products
+
+
 def test_the_machine_multiplies_in_each_precision(made: work.Work, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[torch.dtype] = []
-    monkeypatch.setattr(machine, "repeated", lambda do, units: seen.append(do().dtype) or Turn(1.0, units))
+    monkeypatch.setattr(machine, "repeated", lambda do, units, device=CPU: seen.append(do().dtype) or Turn(1.0, units))
     turn = machine.prepare("", "", made, FLOAT32)
     names = setup([FLOAT32, BFLOAT16]).products
     assert names == ["blocks", "head", "blocks, bfloat16", "head, bfloat16"] and setup([FLOAT32]).products == names[:2]
     units = [turn(name).units for name in names]
     assert seen == [torch.float32] * 4 + [torch.bfloat16] * 2  # float32 by either library
-    assert units == [2 * machine.ROWS * TINY.hidden * width for width in (TINY.inner, TINY.vocab)] * 2
+    assert units == [2 * machine.ROWS[CPU] * TINY.hidden * width for width in (TINY.inner, TINY.vocab)] * 2

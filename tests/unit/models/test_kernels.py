@@ -1,0 +1,62 @@
+"""The kernel for tokens that are being written, by Triton's interpreter; tests marked `gpu` have it compiled."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention as attention
+
+ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+SHAPES = [(4, 4, 32), (8, 2, 24), (6, 2, 16), (32, 8, 64), (16, 16, 128)]
+"""Heads of queries and of keys, and numbers of each."""
+
+HELD, GROWING = [0, 3, 64, 199, 130], [1, 1, 1, 1, 0]
+WIDTH, SCALING = 200, 0.3
+
+
+def check(heads: int, shared: int, size: int, dtype: torch.dtype, device: str) -> None:
+    """The kernel against torch's attention to all that a row has room for, with a mask."""
+    from align.models import kernels
+
+    def drawn(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+    generator, rows = torch.Generator().manual_seed(heads), len(HELD)
+    query, key = drawn(heads, rows, size, dtype=torch.float32).transpose(0, 1), drawn(rows, shared, size)
+    value, keys, values = drawn(rows, shared, size), drawn(rows, WIDTH, shared, size), drawn(rows, WIDTH, shared, size)
+    held, growing = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (HELD, GROWING))
+    place = torch.arange(rows, device=device), held.long()
+    wanted_keys, wanted_values = keys.index_put(place, key), values.index_put(place, value)
+    mask = (torch.arange(WIDTH, device=device) <= held[:, None])[:, None, None]
+    asked = query.to(dtype).float()[:, :, None]
+    seen = (part.float().transpose(1, 2) for part in (wanted_keys, wanted_values))
+    wanted = attention(asked, *seen, attn_mask=mask, enable_gqa=True, scale=SCALING)[:, :, 0]
+    found = kernels.attend_to_kept(query, key, value, keys, values, held, growing, SCALING)
+    assert found.dtype == dtype and torch.equal(keys, wanted_keys) and torch.equal(values, wanted_values)
+    rounding = 2 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found[:4].float(), wanted[:4], rtol=rounding, atol=rounding)
+
+
+def test_the_kernel_interpreted() -> None:
+    """In a process of its own, as Triton asks once whether to interpret. In float16: it cannot interpret bfloat16."""
+    pytest.importorskip("triton", reason="needs Triton")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, Path(__file__)], check=True, env=environment)
+
+
+@pytest.mark.gpu
+@ON_A_GPU
+@pytest.mark.parametrize(("heads", "shared", "size"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_kernel_compiled(heads: int, shared: int, size: int, dtype: torch.dtype) -> None:
+    check(heads, shared, size, dtype, "cuda")
+
+
+if __name__ == "__main__":
+    for shape in SHAPES[:3]:
+        check(*shape, torch.float16, "cpu")
