@@ -168,20 +168,21 @@ def _attend_to_slots(
 def _attend_to_fixed(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, slots: FixedSlots, **arguments: Any
 ) -> Tensor:
-    """By `align.models.kernels` where that can be, else to all that a row has room for, most of it masked."""
+    """By `align.models.kernels` where that can be, else to a copy of all that a row has room for, most of it masked."""
     layer: int = module.layer_idx  # type: ignore[assignment]
     with torch.autocast(query.device.type, enabled=False):  # in what they are kept in: there are no gradients
-        kept = slots.of(layer, key, value)
-        if flash.suits(query.device, kept[0].dtype) and flash.has_triton() and _is_plain(module, arguments):
+        keys, values = slots.of(layer, key, value)
+        if flash.suits(query.device, keys.dtype) and flash.has_triton() and _is_plain(module, arguments):
             from align.models import kernels  # needs Triton, which comes with torch for GPUs
 
-            own = (values[:, :, 0] for values in (query, key, value))
+            own = (part[:, :, 0] for part in (query, key, value))
             scaling = arguments.get("scaling") or query.shape[-1] ** -0.5
-            found = kernels.attend_to_kept(*own, *kept, slots.lengths, slots.growing, scaling)[:, None]
+            found = kernels.attend_to_kept(
+                *own, keys, values, slots.starts, slots.lengths, slots.growing, scaling
+            )[:, None]  # fmt: skip
         else:
-            kept = (part.transpose(1, 2) for part in slots.put(layer, key, value))
-            mask = (torch.arange(slots.width, device=query.device) <= slots.lengths[:, None])[:, None, None]
-            found = sdpa_attention_forward(module, query.to(key.dtype), *kept, mask, **arguments)[0]
+            kept = slots.put(layer, key, value)
+            found = sdpa_attention_forward(module, query.to(keys.dtype), *kept, slots.mask, **arguments)[0]
     return found.to(value.dtype)
 
 

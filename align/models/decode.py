@@ -161,7 +161,7 @@ def _try(model: PreTrainedModel, device: torch.device, kind: type[Slots] | type[
 def _laid_out(kind: type[Slots] | type[FixedSlots], lengths: Int[Tensor, " rows"]) -> Slots | FixedSlots:
     """For prompts of a trial."""
     if issubclass(kind, FixedSlots):
-        fixed = kind(lengths.device, len(lengths), 5)
+        fixed = kind(torch.full((len(lengths),), 5), lengths.device)
         fixed.lengths.copy_(lengths)
         fixed.growing.fill_(1)
         return fixed

@@ -1,14 +1,14 @@
 """The keys and values of sequences that are being written, in memory that stays where it is.
 
 `align.models.slots` lays rows out anew as they grow, leave and come, which takes little from a CPU and is most of the
-work on a GPU. Here rows are as many and as wide from the first token to the last, and a row's next sequence begins
-where the last one was: so a step is the same to a GPU every time, and can be recorded once and replayed.
+work on a GPU. Here rows are as many and have as much room from the first token to the last, and a row's next sequence
+begins where the last one was: so a step is the same to a GPU every time, and can be recorded once and replayed.
 """
 
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -34,22 +34,24 @@ def bytes_a_token(model: PreTrainedModel, dtype: torch.dtype) -> int:
 
 
 class FixedSlots:
-    """Keys and values of every layer, as many tokens of each row as it may come to hold.
+    """Keys and values of every layer, of one row behind the other.
 
     Attributes:
-        lengths: Tokens each row holds: where the next token's keys and values go.
+        starts: Where rows begin.
+        lengths: Tokens each row holds: behind them the next token's keys and values go.
         growing: 1 for rows that are being written, 0 for the others.
         filling: What takes the prompts that are being computed; None while tokens are written.
 
     Args:
+        capacities: Tokens that each row may come to hold, in host memory.
         device: Of the model.
-        rows: Sequences written at a time.
-        width: Tokens that a row may come to hold.
     """
 
-    def __init__(self, device: torch.device, rows: int, width: int) -> None:
-        self.rows, self.width = rows, width
-        self.lengths: Int[Tensor, " rows"] = torch.zeros(rows, dtype=torch.int32, device=device)
+    def __init__(self, capacities: Int[Tensor, " rows"], device: torch.device) -> None:
+        ends = capacities.cumsum(0)
+        self._capacities, self._tokens, self._width = capacities, int(ends[-1]), int(capacities.max())
+        self.starts = (ends - capacities).to(device)
+        self.lengths: Int[Tensor, " rows"] = torch.zeros(len(ends), dtype=torch.int32, device=device)
         self.growing = torch.zeros_like(self.lengths)
         self.filling: Begun | None = None
         self._layers: dict[int, list[Tensor]] = {}
@@ -74,35 +76,46 @@ class FixedSlots:
     ) -> None:
         """Writes what a layer computed of prompts to the beginnings of their rows."""
         assert self.filling is not None
-        rows, positions, source = self.filling.rows, self.filling.positions, self.filling.source
+        places = self.starts[self.filling.rows] + self.filling.positions
         for kept, new in zip(self.of(layer, keys, values), (keys, values), strict=True):
-            kept[rows, positions] = new[0].transpose(0, 1)[source].to(kept.dtype)
+            kept[places] = new[0].transpose(0, 1)[self.filling.source].to(kept.dtype)
 
     def put(
         self, layer: int, keys: Float[Tensor, "rows heads one dim"], values: Float[Tensor, "rows heads one dim"]
-    ) -> list[Float[Tensor, "rows width heads dim"]]:
-        """Writes a layer's keys and values of each row's next token; all that is kept of it."""
-        places, kept = (torch.arange(self.rows, device=keys.device), self.positions), self.of(layer, keys, values)
+    ) -> list[Float[Tensor, "rows heads width dim"]]:
+        """Writes a layer's keys and values of each row's next token.
+
+        Returns:
+            A copy of all that is kept of it, row beside row; what stands behind a row's end is any number.
+        """
+        kept, places = self.of(layer, keys, values), self.starts[:, None] + torch.arange(self._width).to(self.starts)
         for part, new in zip(kept, (keys, values), strict=True):
-            part.index_put_(places, new[:, :, 0].to(part.dtype))
-        return kept
+            part.index_put_((self.starts + self.lengths,), new[:, :, 0].to(part.dtype))
+        return [part[places.clamp_max(self._tokens - 1)].transpose(1, 2) for part in kept]
+
+    @property
+    def mask(self) -> Bool[Tensor, "rows one one width"]:
+        """What each row's next token may attend to, itself included, in what `put` returns."""
+        return (torch.arange(self._width, device=self.lengths.device) <= self.lengths[:, None])[:, None, None]
 
     def of(
         self, layer: int, keys: Float[Tensor, "_ heads _ dim"], values: Float[Tensor, "_ heads _ dim"]
-    ) -> list[Float[Tensor, "rows width heads dim"]]:
-        """All keys and values of a layer, which has such as these."""
+    ) -> list[Float[Tensor, "tokens heads dim"]]:
+        """All that is kept of a layer, which has keys and values like these."""
         if layer not in self._layers:
             # Zeros, for what stands behind a row's end may be read and weighed with 0, not to be 0 times infinity.
             self._layers[layer] = [
-                part.new_zeros(self.rows, self.width, part.shape[1], part.shape[3]) for part in Slots.kept(keys, values)
+                part.new_zeros(self._tokens, part.shape[1], part.shape[3]) for part in Slots.kept(keys, values)
             ]
         return self._layers[layer]
 
-    def only(self, rows: Int[Tensor, " rows"]) -> "FixedSlots":
+    def only(self, rows: list[int]) -> "FixedSlots":
         """These rows in memory of their own; this is of no more use then."""
-        left = FixedSlots(rows.device, len(rows), self.width)
+        left = FixedSlots(self._capacities[rows], self.starts.device)
+        parts = zip(self.starts[rows].tolist(), left._capacities.tolist(), strict=True)
+        places = torch.cat([torch.arange(start, start + size) for start, size in parts]).to(self.starts.device)
         left.lengths.copy_(self.lengths[rows])
         left.growing.copy_(self.growing[rows])
         for number in list(self._layers):  # one after the other, for each frees its former ones
-            left._layers[number] = [part[rows] for part in self._layers.pop(number)]
+            left._layers[number] = [part[places] for part in self._layers.pop(number)]
         return left

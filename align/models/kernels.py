@@ -28,8 +28,9 @@ def attend_to_kept(
     query: Float[Tensor, "rows heads d"],
     key: Float[Tensor, "rows shared d"],
     value: Float[Tensor, "rows shared d"],
-    keys: Float[Tensor, "rows width shared d"],
-    values: Float[Tensor, "rows width shared d"],
+    keys: Float[Tensor, "tokens shared d"],
+    values: Float[Tensor, "tokens shared d"],
+    starts: Int[Tensor, " rows"],
     lengths: Int[Tensor, " rows"],
     growing: Int[Tensor, " rows"],
     scaling: float,
@@ -40,6 +41,7 @@ def attend_to_kept(
         query: Heads that share a key lie next to each other.
         key, value: Of the tokens; they are written behind what is kept.
         keys, values: Of all rows, in 16 bits, in which products are computed.
+        starts: Where rows begin.
         lengths: Tokens kept of each row.
         growing: 0: the row is of no account, and its result is anything.
         scaling: Of the products.
@@ -48,9 +50,9 @@ def attend_to_kept(
     shared = key.shape[1]
     out = keys.new_empty(query.shape)
     _attend[rows, shared](
-        query, key, value, keys, values, lengths, growing, out,
+        query, key, value, keys, values, starts, lengths, growing, out,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
-        keys.stride(0), keys.stride(1), keys.stride(2), out.stride(0), out.stride(1), scaling,
+        keys.stride(0), keys.stride(1), out.stride(0), out.stride(1), scaling,
         GROUP=heads // shared, QUERIES=max(LEAST_QUERIES, triton.next_power_of_2(heads // shared)),
         SIZE=size, WIDTH=max(LEAST_QUERIES, triton.next_power_of_2(size)), TOKENS=TOKENS,
         num_warps=WARPS, num_stages=STAGES,
@@ -65,8 +67,8 @@ def _compiled(function: Callable[..., None]) -> Any:
 
 @_compiled
 def _attend(
-    query, key, value, keys, values, lengths, growing, out,
-    query_row, query_head, key_row, key_head, value_row, value_head, kept_row, kept_token, kept_head, out_row, out_head,
+    query, key, value, keys, values, starts, lengths, growing, out,
+    query_row, query_head, key_row, key_head, value_row, value_head, kept_token, kept_head, out_row, out_head,
     scaling,
     GROUP: tl.constexpr, QUERIES: tl.constexpr, SIZE: tl.constexpr, WIDTH: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
@@ -81,16 +83,17 @@ def _attend(
     asked = tl.load(asked, mask=is_query[:, None] & is_number, other=0.0).to(kind)
     own_key = tl.load(key + row * key_row + head * key_head + within, mask=is_number, other=0.0).to(kind)
     own_value = tl.load(value + row * value_row + head * value_head + within, mask=is_number, other=0.0).to(kind)
-    keys += row * kept_row + head * kept_head
-    values += row * kept_row + head * kept_head
+    start = tl.load(starts + row).to(tl.int64) * kept_token + head * kept_head
+    keys += start
+    values += start
     tl.store(keys + length * kept_token + within, own_key, mask=is_number)
     tl.store(values + length * kept_token + within, own_value, mask=is_number)
 
     largest = tl.sum(asked.to(tl.float32) * own_key.to(tl.float32), 1) * scaling
     total = tl.full((QUERIES,), 1.0, tl.float32)
     found = tl.zeros((QUERIES, WIDTH), tl.float32) + own_value.to(tl.float32)
-    for start in range(0, count, TOKENS):
-        token = start + tl.arange(0, TOKENS)
+    for first in range(0, count, TOKENS):
+        token = first + tl.arange(0, TOKENS)
         place, there = token[:, None] * kept_token + within, (token < count)[:, None] & is_number
         some = tl.load(keys + place, mask=there, other=0.0)
         scores = tl.where(token < count, tl.dot(asked, tl.trans(some)) * scaling, float("-inf"))

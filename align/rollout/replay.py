@@ -6,7 +6,6 @@ what was written: all is kept in memory that stays where it is (`align.models.fi
 without effect, and only every few steps the host looks who has, and lets waiting prompts take their places.
 """
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -83,8 +82,7 @@ class Rows:
 
     def only(self, rows: list[int]) -> "Rows":
         """These rows in memory of their own; this is of no more use then."""
-        kept = torch.tensor(rows, device=self.token.device)
-        return Rows(self.slots.only(kept), self.response[kept], self.token[kept])
+        return Rows(self.slots.only(rows), self.response[rows], self.token[rows])
 
 
 def write(
@@ -107,13 +105,12 @@ def write(
         rows: Prompts answered at a time, if their keys and values fit.
     """
     count, limit = points.shape
-    width = int(prompts.lengths.max()) + limit
-    rows = min(rows, _that_fit(policy, width, points.device))
+    room = prompts.lengths.cpu() + limit  # enough for later ones as well, which are no longer
     found = Written.start(count, limit, points.device)
     points = torch.nn.functional.pad(points, (0, 0, 0, 1))
-    begun = min(count, rows)
+    begun = min(rows, _that_fit(policy, room, points.device))
     own = Rows(
-        FixedSlots(points.device, begun, width),
+        FixedSlots(room[:begun], points.device),
         torch.full((begun,), count, device=points.device),
         torch.zeros(begun, dtype=torch.long, device=points.device),
     )
@@ -137,12 +134,13 @@ def write(
             step = _recorded(policy, own, found, points, stops, temperature)
 
 
-def _that_fit(policy: PreTrainedModel, width: int, device: torch.device) -> int:
-    """How many rows of so many tokens."""
+def _that_fit(policy: PreTrainedModel, room: Int[Tensor, " rows"], device: torch.device) -> int:
+    """How many of the rows that have room for so many tokens; at least one."""
     if device.type != "cuda":
-        return sys.maxsize
+        return len(room)
     size = bytes_a_token(policy, flash.arithmetic(device, policy.dtype))
-    return max(1, int(CACHE * torch.cuda.get_device_properties(device).total_memory) // (width * size))
+    most = CACHE * torch.cuda.get_device_properties(device).total_memory
+    return max(1, int((room.cumsum(0) * size <= most).sum()))
 
 
 def _fewer(rows: int, going: int) -> int:

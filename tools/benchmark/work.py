@@ -98,12 +98,12 @@ SIZES = {
     # As many weights as InstructGPT's smallest policy, and the shape of Llama 3.2 1B.
     "1.4b": Size(
         name="1.4b", hidden=2048, layers=24, heads=16, inner=5504, vocab=50304, positions=2048,
-        prompt=Spread(128, 16, 512), response=Spread(160, 16, 512),
+        prompt=Spread(128, 16, 512), response=Spread(256, 16, 512),
         batch=128, steps=2, compared={4: 32, 9: 8}, episodes=256, epochs=2, prompts=1024,
     ),
     "1b": Size(
         name="1b", hidden=2048, layers=16, heads=32, inner=8192, vocab=128256, positions=2048,
-        prompt=Spread(128, 16, 512), response=Spread(160, 16, 512), sharing=4,
+        prompt=Spread(128, 16, 512), response=Spread(256, 16, 512), sharing=4,
         batch=128, steps=2, compared={4: 32, 9: 8}, episodes=256, epochs=2, prompts=1024,
     ),
     "tiny": Size(

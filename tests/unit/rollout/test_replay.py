@@ -92,7 +92,7 @@ def test_rows_that_do_not_fit_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bytes_of_a_token_are_those_kept(name: str) -> None:
-    model, slots = ours(name), FixedSlots(CPU, 2, 5)
+    model, slots = ours(name), FixedSlots(torch.tensor([6, 4]), CPU)
     ids, lengths = torch.tensor([[1, 2, 3], [2, 3, 0]]), torch.tensor([3, 2])
     with torch.no_grad():
         decode.fill(model, ids, lengths, slots, torch.tensor([1, 0]))
