@@ -198,10 +198,12 @@ def _made(options: argparse.Namespace, precisions: list[str]) -> dict[str, Any]:
 
 def _commit() -> str:
     """The commit, with a plus sign where files differ from it."""
-    found = subprocess.run(
-        ["git", "describe", "--always", "--abbrev=8", "--dirty=+"], cwd=ROOT, capture_output=True, text=True
-    )
-    return found.stdout.strip() or "unknown"
+    asked = ["git", "describe", "--always", "--abbrev=8", "--dirty=+"]
+    try:
+        found = subprocess.run(asked, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:  # no git
+        found = ""
+    return found or "unknown"
 
 
 def _cpu() -> str:

@@ -104,7 +104,6 @@ def _compared(count: int) -> Kind:
         contenders=(
             *_both(Contender("ours", OURS, "ours")),
             _LOOP,
-            _on_gpu(_LOOP),
             *_both(Contender("TRL", TRL, "trl_trainers", ("defaults", "all at once"), CURRENT_TRL)),
         ),
         turns=5,

@@ -80,10 +80,10 @@ class Clock(L.Callback):
 
     began = first = ended = 0.0
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before the first batch is asked for, and with everything compiled."""
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before the first batch is asked for, the first time only; blocks have been compiled by then."""
         done(pl_module.device.type)
-        self.began = time.perf_counter()
+        self.began = self.began or time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """The first time only."""

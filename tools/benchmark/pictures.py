@@ -17,7 +17,8 @@ from tools.e2e.plots import INK, PALE, Draw, save
 
 COLOURS: Mapping[str, str] = {
     "ours": "#1b8a6b", "ours, one trunk": "#7cc0aa", "ours, by generate": "#7cc0aa", "ours, half frozen": "#3f7fb5",
-    "ours, trunk half frozen": "#9cc3e0", "plain loop": "#9aa0a6", "TRL": "#e08a1e", "TRL, tuned": "#b04a5a",
+    "ours, trunk half frozen": "#9cc3e0", "ours, compiled": "#0f5c46", "ours, half frozen, compiled": "#24527c",
+    "plain loop": "#9aa0a6", "TRL": "#e08a1e", "TRL, tuned": "#b04a5a",
 }  # fmt: skip
 """A contender's, the same in all panels and in both precisions."""
 
@@ -98,7 +99,7 @@ def _shares(kinds: Mapping[str, Mapping[str, Any]]) -> Draw:
 
     def panel(axes: Axes) -> None:
         _bars(axes, {name: shares for name, shares in found.items() if shares}, "{:.0%}")
-        axes.set_title("learning: share of the matrix limit")
+        axes.set_title("share of the limit")
         axes.set_yticks([0, 0.25, 0.5, 0.75, 1])
         axes.yaxis.set_major_formatter(PercentFormatter(1, 0))
 

@@ -7,7 +7,7 @@ that is compared is scored once, not once for each of its pairs. PPO has four ne
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import combinations
 from typing import Any
 
@@ -17,11 +17,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from tools.benchmark.kinds import BFLOAT16
+from tools.benchmark.kinds import BFLOAT16, CUDA
 from tools.benchmark.machine import done
 from tools.benchmark.plain_ppo import ppo, rollout
 from tools.benchmark.protocol import Turn
 from tools.benchmark.work import LEARNING_RATE, PAD, Work
+
+AT_ONCE = {CUDA: 8}
+"""Demonstrations on a GPU: the logits of all tokens take 3 GB for eight of the longest."""
 
 IGNORED = -100
 """The label of a token that is not learned."""
@@ -34,7 +37,7 @@ def prepare(kind: str, setting: str, work: Work, precision: str) -> Callable[[],
         kind: See `tools.benchmark.kinds`.
         setting: There is only one.
         work: The common work.
-        precision: bfloat16 only where the work is on a GPU, by autocast.
+        precision: bfloat16, by autocast, only on a GPU, and there only SFT.
     """
     if kind == "sft":
         turn = _sft(work)
@@ -55,14 +58,18 @@ def _sft(work: Work) -> Callable[[], Turn]:
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     tokens = sum(len(row["prompt"]) + len(row["response"]) for row in work.demonstrations)
 
+    def losses(batch: list[Any]) -> Iterator[Tensor]:
+        for rows in batches(batch, AT_ONCE.get(work.device, len(batch))):
+            ids, mask = padded([row["prompt"] + row["response"] for row in rows], PAD)
+            labels, _ = padded([[IGNORED] * len(row["prompt"]) + row["response"] for row in rows], IGNORED)
+            logits, wanted = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1], labels[:, 1:]
+            yield F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+
     def turn() -> Turn:
         start = time.perf_counter()
         for rows in batches(work.demonstrations, work.size.batch):
-            ids, mask = padded([row["prompt"] + row["response"] for row in rows], PAD)
-            labels, _ = padded([[IGNORED] * len(row["prompt"]) + row["response"] for row in rows], IGNORED)
-            logits = model(input_ids=ids, attention_mask=mask.long()).logits
-            loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
-            step(loss, model, optimizer)
+            count = sum(len(row["response"]) for row in rows)
+            step((loss / count for loss in losses(rows)), model, optimizer)
         done(work.device)
         return Turn(time.perf_counter() - start, tokens)
 
@@ -70,7 +77,7 @@ def _sft(work: Work) -> Callable[[], Turn]:
 
 
 def _reward(work: Work, count: int) -> Callable[[], Turn]:
-    model = AutoModelForSequenceClassification.from_pretrained(work.reward, dtype=torch.float32).train().to(work.device)
+    model = AutoModelForSequenceClassification.from_pretrained(work.reward, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     rows = work.comparisons[count]
     pairs = len(rows) * count * (count - 1) // 2
@@ -83,8 +90,7 @@ def _reward(work: Work, count: int) -> Callable[[], Turn]:
             better, worse = ordered_pairs([row["scores"] for row in picked])
             place = torch.arange(len(picked))[:, None]
             loss = -F.logsigmoid(rewards[place, better] - rewards[place, worse]).mean()
-            step(loss, model, optimizer)
-        done(work.device)
+            step([loss], model, optimizer)
         return Turn(time.perf_counter() - start, pairs)
 
     return turn
@@ -114,9 +120,10 @@ def ordered_pairs(
     return both[:, :, 0], both[:, :, 1]
 
 
-def step(loss: Float[Tensor, ""], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """One clipped optimizer step."""
+def step(losses: Iterable[Float[Tensor, ""]], model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """One clipped optimizer step on the sum of losses."""
     optimizer.zero_grad()
-    loss.backward()
+    for loss in losses:
+        loss.backward()
     nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     optimizer.step()

@@ -278,6 +278,8 @@ def _write_models(folder: Path, size: Size, seed: int, device: str) -> None:
     for name, model in ((POLICY, policy), (REWARD, reward)):
         model.to(torch.float32 if device == CPU else torch.bfloat16).save_pretrained(folder / name)
         words.save_pretrained(folder / name)
+    del policy, reward, model
+    torch.cuda.empty_cache()  # nothing where there is no GPU
 
 
 def _count_down(embedding: Tensor, output: Tensor, size: Size) -> None:
