@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from transformers import LlamaForCausalLM
 
 from align.allocator import keep_freed_memory
@@ -31,7 +32,7 @@ from align.optim import Optim
 from align.rollout.sampler import DecodeSampler, GenerateSampler
 from align.types import Prompts
 from tools.benchmark import work as common
-from tools.benchmark.kinds import BFLOAT16, COMPILED, CPU, TRAINERS
+from tools.benchmark.kinds import BFLOAT16, COMPILED, CPU, CUDA, TRAINERS
 from tools.benchmark.machine import done
 from tools.benchmark.protocol import Turn
 from tools.benchmark.work import PAD, Size, Work
@@ -93,6 +94,16 @@ class Clock(L.Callback):
         """After the last step."""
         done(pl_module.device.type)
         self.ended = time.perf_counter()
+
+
+class Staying(SingleDeviceStrategy):
+    """Leaves a module on its GPU behind a turn: the next one would bring it back, gigabytes each way."""
+
+    def teardown(self) -> None:
+        """Of all else."""
+        self.precision_plugin.teardown()
+        self.accelerator.teardown()
+        self.checkpoint_io.teardown()
 
 
 class Numbers(Logger):
@@ -272,9 +283,10 @@ def _fit(
     max_epochs: int = 1,
 ) -> Clock:
     clock = Clock()
+    where: dict[str, Any] = {"strategy": Staying("cuda:0")} if device == CUDA else {"accelerator": device, "devices": 1}
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
-            accelerator=device, devices=1, precision=TRAINERS[precision], max_epochs=max_epochs, logger=logger or False,
+            **where, precision=TRAINERS[precision], max_epochs=max_epochs, logger=logger or False,
             callbacks=[clock], enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
             num_sanity_val_steps=0, use_distributed_sampler=False, default_root_dir=Path(folder),
         )  # fmt: skip
