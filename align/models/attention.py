@@ -60,8 +60,9 @@ def attend(
         _fill(module, key, value, slots)
     if packed is not None:
         if packed.starts is not None and flash.takes(query) and _is_plain(module, arguments):
-            own = (values[0] for values in (query, key, value))
-            return flash.attend_end_to_end(*own, packed.starts, packed.longest, arguments.get("scaling"))[None], None
+            starts, scaling = packed.starts, arguments.get("scaling")
+            found = flash.attend_end_to_end(query[0], key[0], value[0], starts, packed.longest, scaling)
+            return found[None], None
         return _attend_in_bands(module, query[0], key[0], value[0], packed, **arguments), None
     if shared is not None:
         return _attend_to_shared(module, query[0], key[0], value[0], shared, **arguments), None
@@ -175,14 +176,13 @@ def _attend_to_fixed(
         if flash.suits(query.device, keys.dtype) and flash.has_triton() and _is_plain(module, arguments):
             from align.models import kernels  # needs Triton, which comes with torch for GPUs
 
-            own = (part[:, :, 0] for part in (query, key, value))
+            next_query, next_key, next_value = (part[:, :, 0] for part in (query, key, value))
+            places = slots.starts, slots.lengths, slots.growing
             scaling = arguments.get("scaling") or query.shape[-1] ** -0.5
-            found = kernels.attend_to_kept(
-                *own, keys, values, slots.starts, slots.lengths, slots.growing, scaling
-            )[:, None]  # fmt: skip
+            found = kernels.attend_to_kept(next_query, next_key, next_value, keys, values, *places, scaling)[:, None]
         else:
-            kept = slots.put(layer, key, value)
-            found = sdpa_attention_forward(module, query.to(keys.dtype), *kept, slots.mask, **arguments)[0]
+            keys, values = slots.put(layer, key, value)
+            found = sdpa_attention_forward(module, query.to(keys.dtype), keys, values, slots.mask, **arguments)[0]
     return found.to(value.dtype)
 
 

@@ -8,7 +8,7 @@ STRETCH = 1024
 """Probabilities are added up in stretches of so many tokens, and one by one only within the stretch that is hit."""
 
 SHORT = 8 * STRETCH
-"""A vocabulary up to this size is added up as a whole: fewer operations, each of which costs before its first token."""
+"""On a CPU a vocabulary up to this size is added up as a whole: fewer operations, each with a cost of its own."""
 
 
 def draw(
@@ -29,7 +29,8 @@ def draw(
     scaled = logits / temperature if temperature != 1.0 else logits
     largest = scaled.amax(-1, keepdim=True)
     weights = (scaled - largest).exp_()
-    token, total = (_whole if weights.shape[1] <= SHORT else _in_stretches)(weights, points[:, None])
+    short = weights.shape[1] <= SHORT and weights.device.type == "cpu"
+    token, total = (_whole if short else _in_stretches)(weights, points[:, None])
     return token[:, 0], (scaled.gather(1, token) - largest - total.log())[:, 0].float()
 
 
@@ -47,13 +48,21 @@ def _in_stretches(
     """See `_whole`."""
     vocab = weights.shape[1]
     stretches = torch.nn.functional.pad(weights, (0, -vocab % STRETCH)).unflatten(1, (-1, STRETCH))
-    reached = stretches.sum(-1, dtype=torch.float64).cumsum(-1)
+    reached = _running_sums(stretches.sum(-1, dtype=torch.float64))
     wanted = points * reached[:, -1:]
     stretch = _first_beyond(reached, wanted)
     before = torch.where(stretch > 0, reached.gather(1, (stretch - 1).clamp_min(0)), 0.0)
-    within = stretches.gather(1, stretch[:, :, None].expand(-1, -1, STRETCH))[:, 0].double().cumsum(-1)
-    token = stretch * STRETCH + _first_beyond(within, wanted - before)
+    within = stretches.gather(1, stretch[:, :, None].expand(-1, -1, STRETCH))[:, 0].double()
+    token = stretch * STRETCH + _first_beyond(_running_sums(within), wanted - before)
     return token.clamp_max(vocab - 1), reached[:, -1:]
+
+
+def _running_sums(weights: Float[Tensor, "batch places"]) -> Float[Tensor, "batch places"]:
+    """The sum of each place and all before it. On a GPU as a product: `cumsum` is none of torch's deterministic
+    algorithms there, so that `trainer.deterministic` would refuse it."""
+    if weights.device.type == "cpu":
+        return weights.cumsum(-1)
+    return weights @ weights.new_ones(weights.shape[1], weights.shape[1]).triu()
 
 
 def _first_beyond(

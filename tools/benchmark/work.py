@@ -37,6 +37,9 @@ more than 30 nats, so that a token of another class is drawn in less than one of
 NOISE = 0.5
 """Standard deviation of the embedding beside it."""
 
+QUIET = 0.32
+"""Standard deviation of what a block's matrices make of normalised numbers: what blocks add stays below the class."""
+
 
 @dataclass(frozen=True)
 class Spread:
@@ -264,6 +267,7 @@ def config(size: Size) -> LlamaConfig:
         num_attention_heads=size.heads, num_key_value_heads=size.heads // size.sharing,
         max_position_embeddings=size.positions,
         pad_token_id=PAD, bos_token_id=BOS, eos_token_id=EOS, tie_word_embeddings=False, num_labels=1,
+        initializer_range=min(0.02, QUIET * size.hidden**-0.5),
     )  # fmt: skip
 
 
