@@ -82,14 +82,15 @@ def share_of_limit(kind: Mapping[str, Any], name: str) -> Interval | None:
     """Operations that the work needs, a second, as a share of what products of matrices reach in the same turns.
 
     The products are in the contender's precision; of both shapes the faster one counts.
-    Of PPO it is the update's share. Of writing, bytes read as a share of copies. None where nothing is counted.
+    Of PPO it is the update's share. Of writing, bytes read as a share of copies. None where nothing is counted
+    or no limit was measured.
     """
     contender = kind["contenders"][name]
     if "flops" not in contender:
         return None
     names = (*machine.products(precision(contender)).values(), machine.COPY)
-    limit = max((kind["limits"][what] for what in names if what in kind["limits"]), key=median)
-    return share_of(contender, limit)
+    known = [kind["limits"][what] for what in names if what in kind["limits"]]
+    return share_of(contender, max(known, key=median)) if known else None
 
 
 def share_of(contender: Mapping[str, Any], limit: float | Sequence[float]) -> Interval:
