@@ -74,6 +74,23 @@ def interruptible(alone: bool = True) -> Iterator[None]:
         _State.depth -= 1
 
 
+@contextlib.contextmanager
+def held() -> Iterator[None]:
+    """What is inside is done as a whole, also inside `interruptible`: a signal is acted upon behind it.
+
+    Raises:
+        Interrupted: A signal came meanwhile.
+    """
+    depth, before = _State.depth, _State.received
+    _State.depth = 0
+    try:
+        yield
+    finally:
+        _State.depth = depth
+    if depth > 0 and before is None and _State.received is not None:
+        raise Interrupted(_State.received)
+
+
 def _handle(number: int, frame: FrameType | None) -> None:
     first = _State.received is None
     _State.received = signal.Signals(number).name

@@ -10,6 +10,8 @@ tokens), so where it is used it computes in float32.
 """
 
 import contextlib
+import functools
+import subprocess
 from collections.abc import Iterator
 from typing import Any
 
@@ -59,7 +61,7 @@ def attend(
             return _attend_to_slots(module, query, key, value, slots, **arguments), None
         _fill(module, key, value, slots)
     if packed is not None:
-        if packed.starts is not None and flash.takes(query) and _is_plain(module, arguments):
+        if packed.starts is not None and flash.takes(query, value) and _is_plain(module, arguments):
             starts, scaling = packed.starts, arguments.get("scaling")
             found = flash.attend_end_to_end(query[0], key[0], value[0], starts, packed.longest, scaling)
             return found[None], None
@@ -173,8 +175,8 @@ def _attend_to_fixed(
     layer: int = module.layer_idx  # type: ignore[assignment]
     with torch.autocast(query.device.type, enabled=False):  # in what they are kept in: there are no gradients
         keys, values = slots.of(layer, key, value)
-        if flash.suits(query.device, keys.dtype) and flash.has_triton() and _is_plain(module, arguments):
-            from align.models import kernels  # needs Triton, which comes with torch for GPUs
+        if _is_plain(module, arguments) and reads_kept(query, keys, values):
+            from align.models import kernels
 
             next_query, next_key, next_value = (part[:, :, 0] for part in (query, key, value))
             places = slots.starts, slots.lengths, slots.growing
@@ -184,6 +186,37 @@ def _attend_to_fixed(
             keys, values = slots.put(layer, key, value)
             found = sdpa_attention_forward(module, query.to(keys.dtype), keys, values, slots.mask, **arguments)[0]
     return found.to(value.dtype)
+
+
+def reads_kept(query: Tensor, keys: Tensor, values: Tensor) -> bool:
+    """Whether our kernel works for heads like these: tried out once for each kind of them.
+
+    Args:
+        query: Of one token a row: (rows, heads, 1, d).
+        keys, values: What is kept: (tokens, heads, d).
+    """
+    if query.device.type != "cuda" or keys.dtype.itemsize != 2 or keys.shape[1:] != values.shape[1:]:
+        return False
+    return _kernel_works(query.shape[1] // keys.shape[1], keys.shape[2], keys.dtype, query.device)
+
+
+@functools.cache
+def _kernel_works(group: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Needs Triton, which comes with torch for GPUs, a C compiler that it finds, and a GPU with room for its blocks."""
+    try:
+        from triton.errors import TritonError  # pyright: ignore[reportMissingImports]
+
+        from align.models import kernels
+    except ImportError:
+        return False
+    waiting = torch.cuda.get_sync_debug_mode()
+    torch.cuda.set_sync_debug_mode("default")  # in a trial of a model's step it may be an error to wait
+    try:
+        return kernels.works(group, size, dtype, device)
+    except (TritonError, RuntimeError, OSError, subprocess.SubprocessError):
+        return False
+    finally:
+        torch.cuda.set_sync_debug_mode(waiting)
 
 
 def looks_all_the_way(model: PreTrainedModel) -> bool:

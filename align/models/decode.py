@@ -3,14 +3,17 @@
 For every model whose attention is ours (`align.models.attention`) and looks back all the way; a trial pass tells.
 """
 
+import contextlib
+import warnings
 import weakref
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.models import sharding
+from align.models import flash, sharding
 from align.models.attention import causal, looks_all_the_way
 from align.models.fixed import Begun, FixedSlots
 from align.models.groups import GroupedSlots
@@ -22,7 +25,9 @@ from align.types import sent
 PROMPT_TOKENS = 8192
 """Prompt tokens computed at once."""
 
-_able: "weakref.WeakKeyDictionary[nn.Module, dict[type, bool]]" = weakref.WeakKeyDictionary()
+_able: "weakref.WeakKeyDictionary[nn.Module, dict[tuple[type, torch.dtype], bool]]" = weakref.WeakKeyDictionary()
+
+_token_bytes: "weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype, int]]" = weakref.WeakKeyDictionary()
 
 
 def fill(
@@ -67,9 +72,10 @@ def _fill_fixed(
     slots: FixedSlots,
     rows: Int[Tensor, " prompts"],
 ) -> None:
-    """Prompts end to end. Where tokens come from and go to is told in host memory, so that a GPU is not waited for."""
-    different, which = without_padding(ids, lengths).cpu().unique(dim=0, return_inverse=True)
-    sizes, rows = (different >= 0).sum(1), rows.cpu()
+    """Prompts end to end. Where tokens come from and go to is found out in host memory; a GPU is waited for once."""
+    ids_and_rows = torch.cat([without_padding(ids, lengths), rows[:, None]], dim=1).cpu()
+    different, which = ids_and_rows[:, :-1].unique(dim=0, return_inverse=True)
+    sizes, rows = (different >= 0).sum(1), ids_and_rows[:, -1]
     some = (sizes > 0).nonzero()[:, 0]
     for picked in micro_batches(sizes[some], PROMPT_TOKENS, packs=True) if len(some) else []:
         prompts = some[picked]
@@ -132,30 +138,59 @@ def _fill(model: PreTrainedModel, ids: Int[Tensor, "prompts time"], slots: Slots
 
 
 def able(model: PreTrainedModel, device: torch.device, kind: type[Slots] | type[FixedSlots] = Slots) -> bool:
-    """Whether a model's logits are right this way: tried out once a model and kind of cache."""
-    known = _able.setdefault(model, {})
-    if kind not in known:
+    """Whether a model's logits are right this way: tried out once a model, kind of cache, and arithmetic.
+
+    On a GPU `FixedSlots` must also do without copies and without waiting, as a step that is recorded has to.
+    """
+    known, which = _able.setdefault(model, {}), (kind, flash.arithmetic(device, model.dtype))
+    if which not in known:
         fits = looks_all_the_way(model) and (kind is not FixedSlots or packs(device, model))
-        known[kind] = fits and _try(model, device, kind)
-    return known[kind]
+        known[which] = fits and _try(model, device, kind)
+    return known[which]
+
+
+def bytes_a_token(model: PreTrainedModel, device: torch.device) -> int:
+    """What the keys and values of a token take, of a model that is `able` of `FixedSlots` in the arithmetic at hand."""
+    return _token_bytes[model][flash.arithmetic(device, model.dtype)]
 
 
 def _try(model: PreTrainedModel, device: torch.device, kind: type[Slots] | type[FixedSlots]) -> bool:
     """Two prompts of different lengths and two tokens more of each, against one pass over all of it."""
     ids = torch.tensor([[1, 2, 3, 2, 1], [2, 3, 1, 3, 1]], device=device)
     lengths, rows = torch.tensor([3, 2], device=device), torch.arange(2, device=device)
-    got = []
+    got, tokens = [], [ids[rows, lengths + step] for step in range(2)]
     with torch.no_grad(), evaluating(model), sharding.gathered(model):
         expected = model(input_ids=ids, use_cache=False).logits
         slots = _laid_out(kind, lengths)
         try:
             fill(model, ids, lengths, slots, rows)
-            for step in range(2):
-                got.append(next_logits(model, ids[rows, lengths + step], slots))
+            with _never_waiting(device) if kind is FixedSlots else contextlib.nullcontext():
+                for token in tokens:
+                    got.append(next_logits(model, token, slots))
         except (TypeError, ValueError, RuntimeError):  # it takes no such arguments, or not in this form
             return False
     wanted = torch.stack([expected[rows, lengths + step] for step in range(2)])
+    if isinstance(slots, FixedSlots):
+        _token_bytes.setdefault(model, {})[flash.arithmetic(device, model.dtype)] = slots.bytes_a_token
+        if slots.copied and device.type == "cuda":
+            return False
     return bool((torch.stack(got) - wanted).abs().max() <= ROUNDING * wanted.abs().max())
+
+
+@contextlib.contextmanager
+def _never_waiting(device: torch.device) -> Iterator[None]:
+    """RuntimeError from what would wait for a GPU."""
+    if device.type != "cuda":
+        yield
+        return
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it does not notice everything
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
 
 
 def _laid_out(kind: type[Slots] | type[FixedSlots], lengths: Int[Tensor, " rows"]) -> Slots | FixedSlots:

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
-from transformers import PreTrainedModel
 
 from align.models.slots import Slots
 
@@ -25,14 +24,6 @@ class Begun:
     """Which of the tokens computed each is; rows that begin alike have the same."""
 
 
-def bytes_a_token(model: PreTrainedModel, dtype: torch.dtype) -> int:
-    """What the keys and values of one token take in all layers together."""
-    config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * config.num_hidden_layers * heads * size * dtype.itemsize
-
-
 class FixedSlots:
     """Keys and values of every layer, of one row behind the other.
 
@@ -41,6 +32,7 @@ class FixedSlots:
         lengths: Tokens each row holds: behind them the next token's keys and values go.
         growing: 1 for rows that are being written, 0 for the others.
         filling: What takes the prompts that are being computed; None while tokens are written.
+        copied: Whether attention had to `put`.
 
     Args:
         capacities: Tokens that each row may come to hold, in host memory.
@@ -54,12 +46,13 @@ class FixedSlots:
         self.lengths: Int[Tensor, " rows"] = torch.zeros(len(ends), dtype=torch.int32, device=device)
         self.growing = torch.zeros_like(self.lengths)
         self.filling: Begun | None = None
+        self.copied = False
         self._layers: dict[int, list[Tensor]] = {}
 
     @property
     def positions(self) -> Int[Tensor, " rows"]:
-        """Tokens before each row's next one."""
-        return self.lengths.long()
+        """Tokens before each row's next one; 0 where none is wanted, since it could be one too many for a model."""
+        return (self.lengths * self.growing).long()
 
     def begin(self) -> None:
         """Before each token there is nothing to lay out."""
@@ -88,7 +81,8 @@ class FixedSlots:
         Returns:
             A copy of all that is kept of it, row beside row; what stands behind a row's end is any number.
         """
-        kept, places = self.of(layer, keys, values), self.starts[:, None] + torch.arange(self._width).to(self.starts)
+        kept, self.copied = self.of(layer, keys, values), True
+        places = self.starts[:, None] + torch.arange(self._width, device=keys.device)
         for part, new in zip(kept, (keys, values), strict=True):
             part.index_put_((self.starts + self.lengths,), new[:, :, 0].to(part.dtype))
         return [part[places.clamp_max(self._tokens - 1)].transpose(1, 2) for part in kept]
@@ -108,6 +102,11 @@ class FixedSlots:
                 part.new_zeros(self._tokens, part.shape[1], part.shape[3]) for part in Slots.kept(keys, values)
             ]
         return self._layers[layer]
+
+    @property
+    def bytes_a_token(self) -> int:
+        """What one token takes in all layers that anything is kept of."""
+        return sum(part.nbytes for parts in self._layers.values() for part in parts) // self._tokens
 
     def only(self, rows: list[int]) -> "FixedSlots":
         """These rows in memory of their own; this is of no more use then."""

@@ -5,12 +5,12 @@ being written.
 """
 
 import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.attention import varlen
+from transformers import PreTrainedModel
 
 MOST_PER_HEAD = 256
 """Numbers of a head that the kernels take, in multiples of 8."""
@@ -25,9 +25,12 @@ def arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.get_autocast_dtype(device.type) if known and torch.is_autocast_enabled(device.type) else dtype
 
 
-def suits(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether numbers of this format are attended to this way on a device, in the arithmetic at hand."""
-    return arithmetic(device, dtype).itemsize == 2 and _has_kernels(device)
+def suits(device: torch.device, model: PreTrainedModel) -> bool:
+    """Whether a model may be attended to this way on a device, in the arithmetic at hand."""
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    plain = getattr(config, "v_head_dim", None) is None and _is_size(size)
+    return plain and arithmetic(device, model.dtype).itemsize == 2 and _has_kernels(device)
 
 
 @functools.cache
@@ -35,16 +38,14 @@ def _has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-@functools.cache
-def has_triton() -> bool:
-    """Whether kernels of our own can be compiled."""
-    return importlib.util.find_spec("triton") is not None
-
-
-def takes(query: Tensor) -> bool:
+def takes(query: Tensor, value: Tensor) -> bool:
     """Whether the kernels, if there are any, take heads like these."""
-    in_16_bits = arithmetic(query.device, query.dtype).itemsize == 2
-    return in_16_bits and query.shape[-1] <= MOST_PER_HEAD and not query.shape[-1] % 8
+    size = query.shape[-1]
+    return size == value.shape[-1] and _is_size(size) and arithmetic(query.device, query.dtype).itemsize == 2
+
+
+def _is_size(size: int) -> bool:
+    return size <= MOST_PER_HEAD and not size % 8
 
 
 def attend_end_to_end(

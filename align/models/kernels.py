@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 import triton  # pyright: ignore[reportMissingImports]
 import triton.language as tl  # pyright: ignore[reportMissingImports]
 from jaxtyping import Float, Int
@@ -27,6 +28,33 @@ WARPS = 4
 STAGES = 3
 """Reads of a program that are under way at a time."""
 
+LARGE = 128
+"""Of heads with more numbers half as many tokens are read at once, and less is under way: for want of room."""
+
+ROUNDING = 0.05
+"""Of a trial of numbers up to 1: more than 16 bits round, and far less than a wrong place changes."""
+
+
+def works(group: int, size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Tries it out against products written down plainly: two rows, of which one is empty and one of `TOKENS` + 1.
+
+    Args:
+        group: Heads of queries that share one of keys.
+        size: Numbers of a head.
+        dtype: Of what is kept.
+        device: Of all.
+    """
+    lengths = torch.tensor([0, TOKENS + 1], dtype=torch.int32, device=device)
+    starts = torch.tensor([0, 1], device=device)
+    query = torch.linspace(-1, 1, 2 * group * size, device=device).sin().view(2, group, size)
+    kept = torch.linspace(-9, 9, (TOKENS + 3) * size, device=device).sin().to(dtype).view(-1, 1, size)
+    new = kept[[0, TOKENS + 2]]
+    found = attend_to_kept(query, new, new, kept.clone(), kept.clone(), starts, lengths, lengths + 1, 1.0)
+    seen = kept[1:, 0].float()
+    asked = query[1].to(dtype).float()
+    wanted = torch.stack([new[0].float().expand(group, -1), (asked @ seen.T).softmax(-1) @ seen])
+    return bool((found - wanted).abs().max() <= ROUNDING)
+
 
 def attend_to_kept(
     query: Float[Tensor, "rows heads d"],
@@ -44,7 +72,7 @@ def attend_to_kept(
     Args:
         query: Heads that share a key lie next to each other.
         key, value: Of the tokens; they are written behind what is kept.
-        keys, values: Of all rows, in 16 bits, in which products are computed.
+        keys, values: Of all rows, in one piece and in 16 bits, in which products are computed.
         starts: Where rows begin.
         lengths: Tokens kept of each row.
         growing: 0: the row is of no account, and its result is anything.
@@ -52,14 +80,16 @@ def attend_to_kept(
     """
     rows, heads, size = query.shape
     shared = key.shape[1]
+    query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
+    large = size > LARGE
     out = keys.new_empty(query.shape)
     _attend[rows, shared](
         query, key, value, keys, values, starts, lengths, growing, out,
         query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
         keys.stride(0), keys.stride(1), out.stride(0), out.stride(1), scaling,
         GROUP=heads // shared, QUERIES=max(LEAST_QUERIES, triton.next_power_of_2(heads // shared)),
-        SIZE=size, WIDTH=max(LEAST_QUERIES, triton.next_power_of_2(size)), TOKENS=TOKENS,
-        num_warps=WARPS, num_stages=STAGES,
+        SIZE=size, WIDTH=max(LEAST_QUERIES, triton.next_power_of_2(size)), TOKENS=TOKENS // 2 if large else TOKENS,
+        num_warps=WARPS, num_stages=STAGES - 1 if large else STAGES,
     )  # fmt: skip
     return out
 

@@ -51,7 +51,9 @@ class Packed:
     @property
     def padding(self) -> int:
         """Tokens of a last band that stand for nothing."""
-        return max(0, sum(sequences * width for sequences, width in self.bands) - len(self.places))
+        if self.starts is not None:
+            return 0
+        return sum(sequences * width for sequences, width in self.bands) - len(self.places)
 
     def filled_up(self, values: Shaped[Tensor, "tokens *_"]) -> Shaped[Tensor, "one row *_"]:
         """What is known of the tokens, in a row with its padding."""

@@ -16,7 +16,7 @@ from jaxtyping import Float, UInt8
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from align import distributed
+from align import distributed, interrupt
 
 BLOCK = 64
 """Weights with one scale, in float32: half a bit a weight."""
@@ -147,13 +147,13 @@ def rounded(model: nn.Module, dtype: torch.dtype) -> Iterator[None]:
 
     Embeddings, and all that is no matrix, stay as they are, also where an output layer shares the embedding's weight.
     """
-    kept: list[tuple[nn.Linear | Conv1D, nn.Parameter]] = []
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear | Conv1D) and layer.weight.dtype == torch.float32:
-            kept.append((layer, layer.weight))  # type: ignore[arg-type]
-            layer.weight = nn.Parameter(layer.weight.detach().to(dtype), requires_grad=False)
+    linear = (layer for layer in model.modules() if isinstance(layer, nn.Linear | Conv1D))
+    exact = [(layer, layer.weight) for layer in linear if layer.weight.dtype == torch.float32]
     try:
+        for layer, weight in exact:
+            layer.weight = nn.Parameter(weight.detach().to(dtype), requires_grad=False)
         yield
     finally:
-        for layer, weight in kept:
-            layer.weight = weight
+        with interrupt.held():
+            for layer, weight in exact:
+                layer.weight = weight  # type: ignore[assignment]

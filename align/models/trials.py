@@ -29,7 +29,8 @@ times as many tokens (docs/performance.md), presumably since its caches no longe
 CACHED_TOKENS = 2048
 """As many tokens may come at once in any case: wider models need them for large products."""
 
-_packing: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
+_packing: "weakref.WeakKeyDictionary[nn.Module, dict[torch.dtype, bool]]" = weakref.WeakKeyDictionary()
+"""By arithmetic, as attention is another in 16 bits."""
 
 _sharing: "weakref.WeakKeyDictionary[nn.Module, bool]" = weakref.WeakKeyDictionary()
 
@@ -54,10 +55,14 @@ def packs(device: torch.device, *models: PreTrainedModel) -> bool:
 
     Not where attention looks only so far back, or is not ours (`align.models.attention`).
     """
-    for model in models:
-        if model not in _packing:
-            _packing[model] = looks_all_the_way(model) and _packs(model, device)
-    return all(_packing[model] and model not in padded for model in models)
+    return all(model not in padded and _known_to_pack(model, device) for model in models)
+
+
+def _known_to_pack(model: PreTrainedModel, device: torch.device) -> bool:
+    known, arithmetic = _packing.setdefault(model, {}), flash.arithmetic(device, model.dtype)
+    if arithmetic not in known:
+        known[arithmetic] = looks_all_the_way(model) and _packs(model, device)
+    return known[arithmetic]
 
 
 def micro_batches(
@@ -76,7 +81,7 @@ def micro_batches(
 
 def laid_end_to_end(model: PreTrainedModel, device: torch.device, lengths: Int[Tensor, " batch"], time: int) -> Packed:
     """How a model that `packs` gets the first tokens of right-padded rows, in the arithmetic at hand."""
-    return pack(lengths, time, grain(device), ragged=flash.suits(device, model.dtype))
+    return pack(lengths, time, grain(device), ragged=flash.suits(device, model))
 
 
 def _packs(model: PreTrainedModel, device: torch.device) -> bool:

@@ -47,12 +47,13 @@ class AlignModule(L.LightningModule, ABC):
         micro_batch_tokens: The most tokens, padding included, computed at once. Memory only: results differ by
             rounding.
         seed: Of everything this module draws.
-        compile: Compiles every transformer block (torch.compile) for learning and scoring; writing stays as it is.
+        compile: Compiles every transformer block (torch.compile) for learning and scoring, and for writing where its
+            steps are recorded on a GPU.
             Results differ by rounding, dropout draws other numbers, and compiling takes a minute or more. Scoring and
             learning are compiled apart, so PPO's first ratio may be off 1 by rounding; on a CPU in float32 it was 1.
         pack: The sequences of a micro-batch lie end to end, so that next to no padding is computed, where a model
-            allows it and its blocks are not compiled. False: each is filled up to the longest. Results differ by
-            rounding.
+            allows it and its blocks are not compiled, but for a GPU in 16 bits. False: each is filled up to the
+            longest, and writing is not recorded. Results differ by rounding.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class AlignModule(L.LightningModule, ABC):
         if self.compiles:
             models = sharding.models_of(self)
             with self.precision():
-                ragged = all(flash.suits(self.trainer.strategy.root_device, model.dtype) for model in models)
+                ragged = all(flash.suits(self.trainer.strategy.root_device, model) for model in models)
             compiled.compile_blocks(models, ragged=ragged)
         shard = getattr(self.trainer.strategy, "shard", None)
         if shard is not None:

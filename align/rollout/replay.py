@@ -6,16 +6,17 @@ what was written: all is kept in memory that stays where it is (`align.models.fi
 without effect, and only every few steps the host looks who has, and lets waiting prompts take their places.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from align.models import decode, flash
-from align.models.fixed import FixedSlots, bytes_a_token
+from align.models import decode
+from align.models.fixed import FixedSlots
 from align.rollout.draws import draw
 from align.types import Prompts
 
@@ -37,7 +38,7 @@ FEWEST = 8
 
 @dataclass(frozen=True)
 class Written:
-    """Responses that are being written, one of each prompt, and a last one for rows that write none."""
+    """Responses that are being written, one of each prompt."""
 
     tokens: Int[Tensor, "responses limit"]
     logprobs: Float[Tensor, "responses limit"]
@@ -48,10 +49,10 @@ class Written:
     def start(cls, count: int, limit: int, device: torch.device) -> "Written":
         """Nothing of so many responses."""
         return cls(
-            tokens=torch.zeros(count + 1, limit, dtype=torch.long, device=device),
-            logprobs=torch.zeros(count + 1, limit, device=device),
-            lengths=torch.zeros(count + 1, dtype=torch.long, device=device),
-            finished=torch.zeros(count + 1, dtype=torch.bool, device=device),
+            tokens=torch.zeros(count, limit, dtype=torch.long, device=device),
+            logprobs=torch.zeros(count, limit, device=device),
+            lengths=torch.zeros(count, dtype=torch.long, device=device),
+            finished=torch.zeros(count, dtype=torch.bool, device=device),
         )
 
 
@@ -107,11 +108,10 @@ def write(
     count, limit = points.shape
     room = prompts.lengths.cpu() + limit  # enough for later ones as well, which are no longer
     found = Written.start(count, limit, points.device)
-    points = torch.nn.functional.pad(points, (0, 0, 0, 1))
     begun = min(rows, _that_fit(policy, room, points.device))
     own = Rows(
         FixedSlots(room[:begun], points.device),
-        torch.full((begun,), count, device=points.device),
+        torch.zeros(begun, dtype=torch.long, device=points.device),
         torch.zeros(begun, dtype=torch.long, device=points.device),
     )
     own.begin(policy, prompts, list(range(begun)), range(begun))
@@ -123,13 +123,14 @@ def write(
         free = [row for row, grows in enumerate(growing) if not grows]
         going, waiting = len(growing) - len(free), count - begun
         if not going + waiting:
-            return replace(found, **{name: value[:-1] for name, value in vars(found).items()})
+            return found
         if waiting and len(free) >= min(waiting, REFILLED * len(growing)):
             new = range(begun, begun + min(waiting, len(free)))
             own.begin(policy, prompts, free[: len(new)], new)
             begun = new.stop
         elif not waiting and (fewer := _fewer(len(growing), going)) < len(growing):
             staying = [row for row, grows in enumerate(growing) if grows]
+            del step  # the recording, and the memory it computes in
             own = own.only((staying + free)[:fewer])
             step = _recorded(policy, own, found, points, stops, temperature)
 
@@ -138,9 +139,8 @@ def _that_fit(policy: PreTrainedModel, room: Int[Tensor, " rows"], device: torch
     """How many of the rows that have room for so many tokens; at least one."""
     if device.type != "cuda":
         return len(room)
-    size = bytes_a_token(policy, flash.arithmetic(device, policy.dtype))
     most = CACHE * torch.cuda.get_device_properties(device).total_memory
-    return max(1, int((room.cumsum(0) * size <= most).sum()))
+    return max(1, int((room.cumsum(0) * decode.bytes_a_token(policy, device) <= most).sum()))
 
 
 def _fewer(rows: int, going: int) -> int:
@@ -170,15 +170,21 @@ def _recorded(
 
 
 def _replayed(step: Callable[[], None], device: torch.device) -> Callable[[], None]:
-    aside = torch.cuda.Stream(device)
+    aside = _aside(device)
     aside.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(aside):
         step()  # counts as any other; libraries and compilers get ready in it
     torch.cuda.current_stream(device).wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=aside, capture_error_mode="thread_local"):  # other threads may load data
         step()
     return graph.replay
+
+
+@functools.cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """The stream of all recordings: libraries keep memory for every stream that they see."""
+    return torch.cuda.Stream(device)
 
 
 def _put(

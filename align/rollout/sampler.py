@@ -4,7 +4,8 @@ Two engines are here. `DecodeSampler` is a decoding loop over transformers' forw
 length for each sequence (`align.models.slots`), so no prompt is padded; a finished sequence leaves the batch and the
 next prompt takes its place; equal prompts are computed once. Models that cannot be used this way are decoded with
 transformers' cache. `GenerateSampler` is transformers' own `generate`, for models whose cache that loop does not know
-either, and as the reference both are tested against.
+either, and as the reference both are tested against. On a GPU `DecodeSampler` writes by recorded steps where it can
+(`align.rollout.replay`).
 
 Both sample from softmax(logits / temperature) and from nothing else: no top-k, top-p, penalties or forced tokens, so
 the log-probabilities of the update's forward pass are those of the distribution that was sampled from (N+
@@ -91,12 +92,12 @@ class DecodeSampler(BatchSampler):
     """Decodes step by step; finished sequences leave the batch, and waiting prompts take their places.
 
     Attributes:
-        graphs: On a GPU, a step is recorded once and replayed (`align.rollout.replay`), where the model allows it and
-            its weights are not sharded. The same to rounding.
+        graphs: On a GPU, in 16 bits, a step is recorded once and replayed (`align.rollout.replay`), where the model
+            allows it, its weights are not sharded, and `slots` is on. The same to rounding.
         slots: Keeps keys and values in rows of their own lengths where the model allows it, else in transformers'
             cache. The same to rounding.
-        share_prompts: Keeps those of a prompt once for all its answers, where there are several and prompts are long.
-            The same to rounding where prompts bring seeds.
+        share_prompts: Keeps those of a prompt once for all its answers, where there are several and prompts are long;
+            recorded steps do not. The same to rounding where prompts bring seeds.
         dtype: In which it computes: bfloat16 is mixed precision, float32 none, null as the trainer does. Weights stay
             as they are. What is learned from is computed as the trainer does in any case; the metric
             `rollout/mismatch` says how far apart the two are.
@@ -121,7 +122,7 @@ class DecodeSampler(BatchSampler):
             return _in_batches(write, policy, prompts.rows_at(order), len(order)).rows_at(order.argsort())
 
     def _replays(self, policy: PreTrainedModel, device: torch.device) -> bool:
-        suits = self.graphs and device.type == "cuda" and not sharding.is_sharded(policy)
+        suits = self.graphs and self.slots and device.type == "cuda" and not sharding.is_sharded(policy)
         return suits and decode.able(policy, device, FixedSlots)
 
     def _arithmetic(self, device: str) -> contextlib.AbstractContextManager[object]:
@@ -132,8 +133,8 @@ class DecodeSampler(BatchSampler):
     def _replay(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
         """Answers prompts, longest first, `batch_size` at a time, by recorded steps."""
         stops, points = _stop_ids(policy, prompts.device), _points(prompts, self.max_new_tokens)
-        kind = flash.arithmetic(prompts.device, policy.dtype)
-        with rounded(policy, kind) if kind.itemsize == 2 else contextlib.nullcontext(), compiled.on():
+        kind, mixed = flash.arithmetic(prompts.device, policy.dtype), torch.is_autocast_enabled(prompts.device.type)
+        with rounded(policy, kind) if mixed else contextlib.nullcontext(), compiled.on():
             found = replay.write(
                 policy, prompts, points, stops, temperature=self.temperature, rows=self.batch_size
             )  # fmt: skip

@@ -91,18 +91,29 @@ def compare(name: str, kind: Kind, setup: Setup, bench: Worker, say: Say) -> dic
     Returns:
         `contenders`: name -> precision, setting, turns, bytes of memory before (`base`) and at most (`peak`), versions,
         what was found of each setting that was tried, and operations that one turn needs (`flops`). `left_out`: name ->
-        why. `limits`: operations a second of products of matrices, one number a turn; of writing, bytes of copies.
+        why. `limits`: operations a second of products of matrices, one number a turn; of writing, bytes of copies. On a
+        GPU each contender has its own.
 
     Raises:
-        BenchmarkError: The first contender has failed, without which the others say little.
+        BenchmarkError: Nobody takes part, or the first contender has failed, without which the others say little.
     """
     result: dict[str, Any] = {"contenders": {}, "left_out": {}}
     taking_part = setup.taking_part(kind)
+    if not taking_part:
+        raise BenchmarkError(
+            f"nobody does this kind of work here: --device {setup.work.device}, --precision "
+            f"{','.join(setup.precisions)}; on a GPU there is bfloat16 alone"
+        )
     # Models that fill a GPU do not wait in it for their turns; nor does anyone else compute on it meanwhile.
     for group in [[item] for item in taking_part] if setup.work.device == CUDA else [taking_part]:
         part = _in_turns(name, kind, group, setup, bench, say)
+        limits = part.pop("limits", {})
+        if setup.work.device == CUDA:  # of the same minutes
+            part["contenders"] = {own: {**item, "limits": limits} for own, item in part["contenders"].items()}
+        elif limits:
+            result["limits"] = limits
         for what, own in part.items():
-            result[what] = own if what == "limits" else {**result[what], **own}
+            result[what] |= own
         if (first := taking_part[0].name) in result["left_out"]:
             raise BenchmarkError(f"{first}, without which the others say little: {result['left_out'][first]}")
     return result

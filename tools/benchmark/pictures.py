@@ -47,7 +47,7 @@ def draw(path: Path, found: Mapping[str, Any]) -> None:
         panels += [*_ratios(kinds), _memory(kinds)]
     if "ppo" in kinds:
         panels.append(_phases(results.phases(kinds["ppo"])))
-    if any("limits" in kind for kind in kinds.values()):
+    if any(_shares_of(kinds).values()):
         panels.append(_shares(kinds))
     growth = found.get("growth") or {}
     panels += [_line(axis, points) for axis, points in growth.items()]
@@ -89,13 +89,16 @@ def _memory(kinds: Mapping[str, Mapping[str, Any]]) -> Draw:
     return panel
 
 
-def _shares(kinds: Mapping[str, Mapping[str, Any]]) -> Draw:
+def _shares_of(kinds: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Interval]]:
+    """Kind -> contender -> its share of the limit, where it is known."""
     every = {
         name: {own: results.share_of_limit(kind, own) for own in kind["contenders"]} for name, kind in kinds.items()
     }
-    found = {
-        name: {own: share for own, share in shares.items() if share is not None} for name, shares in every.items()
-    }  # fmt: skip
+    return {name: {own: share for own, share in found.items() if share is not None} for name, found in every.items()}
+
+
+def _shares(kinds: Mapping[str, Mapping[str, Any]]) -> Draw:
+    found = _shares_of(kinds)
 
     def panel(axes: Axes) -> None:
         _bars(axes, {name: shares for name, shares in found.items() if shares}, "{:.0%}")

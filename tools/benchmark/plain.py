@@ -40,20 +40,13 @@ def prepare(kind: str, setting: str, work: Work, precision: str) -> Callable[[],
         precision: bfloat16, by autocast, only on a GPU, and there only SFT.
     """
     if kind == "sft":
-        turn = _sft(work)
-    elif kind in ("ppo", "rollout"):
-        turn = ppo(work) if kind == "ppo" else rollout(work)
-    else:
-        turn = _reward(work, int(kind.removeprefix("reward")))
-
-    def mixed() -> Turn:
-        with torch.device(work.device), torch.autocast(work.device, torch.bfloat16, enabled=precision == BFLOAT16):
-            return turn()
-
-    return mixed
+        return _sft(work, precision)
+    if kind in ("ppo", "rollout"):
+        return ppo(work) if kind == "ppo" else rollout(work)
+    return _reward(work, int(kind.removeprefix("reward")))
 
 
-def _sft(work: Work) -> Callable[[], Turn]:
+def _sft(work: Work, precision: str) -> Callable[[], Turn]:
     model = AutoModelForCausalLM.from_pretrained(work.policy, dtype=torch.float32).train().to(work.device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, fused=True)
     tokens = sum(len(row["prompt"]) + len(row["response"]) for row in work.demonstrations)
@@ -62,8 +55,11 @@ def _sft(work: Work) -> Callable[[], Turn]:
         for rows in batches(batch, AT_ONCE.get(work.device, len(batch))):
             ids, mask = padded([row["prompt"] + row["response"] for row in rows], PAD)
             labels, _ = padded([[IGNORED] * len(row["prompt"]) + row["response"] for row in rows], IGNORED)
-            logits, wanted = model(input_ids=ids, attention_mask=mask.long()).logits[:, :-1], labels[:, 1:]
-            yield F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+            ids, mask, wanted = (part.to(work.device) for part in (ids, mask.long(), labels[:, 1:]))
+            with torch.autocast(work.device, torch.bfloat16, enabled=precision == BFLOAT16):
+                logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].flatten(0, 1)
+                loss = F.cross_entropy(logits, wanted.flatten(), ignore_index=IGNORED, reduction="sum")
+            yield loss
 
     def turn() -> Turn:
         start = time.perf_counter()

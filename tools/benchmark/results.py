@@ -29,10 +29,12 @@ def rates(contender: Mapping[str, Any]) -> list[float]:
     return [turn.rate for turn in turns(contender)]
 
 
-def ratio_of_medians(above: Sequence[float], below: Sequence[float], resamples: int = RESAMPLES) -> Interval:
+def ratio_of_medians(
+    above: Sequence[float], below: Sequence[float], resamples: int = RESAMPLES, *, apart: bool = False
+) -> Interval:
     """The ratio of two medians, with a 95 % interval by the bootstrap.
 
-    Turns are drawn with replacement, the same for both, as those of one number stood side by side.
+    Turns are drawn with replacement, the same for both, as those of one number stood side by side; others if `apart`.
 
     Args:
         above: One number a turn.
@@ -47,8 +49,10 @@ def ratio_of_medians(above: Sequence[float], below: Sequence[float], resamples: 
     ratio = float(median(above) / median(below))
     if len(own) < LEAST:
         return Interval(ratio, ratio, ratio, len(own))
-    drawn = torch.randint(len(own), (resamples, len(own)), generator=torch.Generator().manual_seed(0))
-    found = own[drawn].quantile(0.5, dim=1) / other[drawn].quantile(0.5, dim=1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(len(own), (resamples, len(own)), generator=generator)
+    others = torch.randint(len(own), (resamples, len(own)), generator=generator) if apart else drawn
+    found = own[drawn].quantile(0.5, dim=1) / other[others].quantile(0.5, dim=1)
     low, high = found.quantile(torch.tensor(LEVELS, dtype=torch.float64)).tolist()
     return Interval(ratio, low, high, len(own))
 
@@ -69,8 +73,8 @@ def speedups(name: str, kind: Mapping[str, Any]) -> dict[str, Interval]:
     found, base = kind["contenders"], baseline(name, kind)
     if base is None:
         return {}
-    below = rates(found[base])
-    return {own: ratio_of_medians(rates(item), below) for own, item in found.items() if own != base}
+    below, apart = rates(found[base]), "limits" in found[base]  # then turns did not stand side by side
+    return {own: ratio_of_medians(rates(item), below, apart=apart) for own, item in found.items() if own != base}
 
 
 def precision(contender: Mapping[str, Any]) -> str:
@@ -89,7 +93,8 @@ def share_of_limit(kind: Mapping[str, Any], name: str) -> Interval | None:
     if "flops" not in contender:
         return None
     names = (*machine.products(precision(contender)).values(), machine.COPY)
-    known = [kind["limits"][what] for what in names if what in kind["limits"]]
+    limits = contender.get("limits", kind.get("limits", {}))
+    known = [limits[what] for what in names if what in limits]
     return share_of(contender, max(known, key=median)) if known else None
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from transformers import PreTrainedModel
 
-from align.models import compiled, flash, forward, packed, trials
+from align.models import compiled, decode, flash, forward, packed, trials
 from align.models.attention import use_attend
+from align.models.fixed import FixedSlots
 
 SIZES = [3, 19, 1, 5, 40, 2, 3]
 ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -127,15 +128,27 @@ def test_none_is_filled_up() -> None:
 
 def test_in_32_bits_there_are_bands(kernels: None) -> None:
     model = ours("qwen2")
-    assert trials.laid_end_to_end(model, torch.device("cpu"), torch.tensor(SIZES), 40).starts is None
+    cpu, sizes = torch.device("cpu"), torch.tensor(SIZES)
+    assert trials.laid_end_to_end(model, cpu, sizes, 40).starts is None
     with torch.autocast("cpu", torch.float16):
-        assert trials.laid_end_to_end(model, torch.device("cpu"), torch.tensor(SIZES), 40).starts is not None
+        assert trials.laid_end_to_end(model, cpu, sizes, 40).starts is not None
+        model.config.head_dim = 12
+        assert trials.laid_end_to_end(model, cpu, sizes, 40).starts is None
+
+
+def test_what_a_model_can_do_is_tried_out_in_both_arithmetics(kernels: None) -> None:
+    """Prompts that are written on from are computed this way too."""
+    model, cpu = ours("qwen2"), torch.device("cpu")
+    assert trials.packs(cpu, model) and decode.able(model, cpu, FixedSlots) and not calls
+    with torch.autocast("cpu", torch.float16):
+        assert trials.packs(cpu, model) and decode.able(model, cpu, FixedSlots)
+    assert [starts for starts, _ in calls[:: len(model.model.layers)]] == [[0, 5, 9, 12], [0, 3, 5]]
 
 
 def test_what_the_kernels_do_not_take_is_attended_to_apart(kernels: None, monkeypatch: pytest.MonkeyPatch) -> None:
     model, other = ours("qwen2"), ours("qwen2")
     expected = learned(model, SIZES)
-    monkeypatch.setattr(flash, "MOST_PER_HEAD", 4)
+    monkeypatch.setattr(flash, "takes", lambda query, value: False)
     before = len(calls)
     assert_alike(learned(other, SIZES), expected)
     assert len(calls) == before

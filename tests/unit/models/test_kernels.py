@@ -27,7 +27,7 @@ def check(heads: int, shared: int, size: int, dtype: torch.dtype, device: str) -
         return torch.randn(*shape, generator=generator).to(dtype).to(device)
 
     generator, rows = torch.Generator().manual_seed(heads), len(HELD)
-    query, key = drawn(heads, rows, size, dtype=torch.float32).transpose(0, 1), drawn(rows, shared, size)
+    query, key = drawn(heads, rows, size, dtype=torch.float32).transpose(0, 1), drawn(rows, size, shared).mT
     value, keys, values = drawn(rows, shared, size), drawn(sum(ROOM), shared, size), drawn(sum(ROOM), shared, size)
     held, growing = (torch.tensor(numbers, dtype=torch.int32, device=device) for numbers in (HELD, GROWING))
     starts = torch.tensor(ROOM, device=device).cumsum(0) - torch.tensor(ROOM, device=device)
@@ -59,5 +59,10 @@ def test_the_kernel_compiled(heads: int, shared: int, size: int, dtype: torch.dt
 
 
 if __name__ == "__main__":
+    from align.models import kernels
+
     for shape in SHAPES[:3]:
         check(*shape, torch.float16, "cpu")
+    assert kernels.works(2, 24, torch.float16, torch.device("cpu"))
+    kernels.ROUNDING = 1e-6
+    assert not kernels.works(2, 24, torch.float16, torch.device("cpu"))

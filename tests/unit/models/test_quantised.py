@@ -7,11 +7,12 @@ import pytest
 import tiny
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from align.models import quantised
 from align.models.load import load_causal_lm, load_scalar_model
-from align.models.quantised import BLOCK, Bits, QuantisedLinear
+from align.models.quantised import BLOCK, Bits, QuantisedLinear, rounded
 
 BITS: tuple[Bits, ...] = ("8bit", "4bit")
 
@@ -118,3 +119,23 @@ def test_a_sequence_is_the_same_whatever_is_beside_it(tmp_path: Path) -> None:
     model = load_causal_lm(str(tmp_path), quantise="8bit").eval()
     ids = torch.randint(3, tiny.VOCAB, (4, 9))
     torch.testing.assert_close(model(ids).logits[2:3], model(ids[2:3]).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model", [tiny.llama(tied=True), tiny.gpt2()], ids=["tied", "Conv1D"])
+def test_rounded_weights_come_back_whatever_happens(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = dict(model.named_parameters(remove_duplicate=False))
+    with pytest.raises(ZeroDivisionError), rounded(model, torch.bfloat16):
+        inside = dict(model.named_parameters(remove_duplicate=False))
+        of_matrices = {name for name, weight in inside.items() if weight.dtype == torch.bfloat16}
+        assert {name for name in before if inside[name] is not before[name]} == of_matrices
+        assert "lm_head.weight" in of_matrices and len(of_matrices) >= 4 * model.config.num_hidden_layers
+        assert all(torch.equal(inside[name], before[name].bfloat16()) for name in of_matrices)
+        assert model.get_input_embeddings().weight.dtype == torch.float32
+        _ = 1 // 0
+    after, made, count = dict(model.named_parameters(remove_duplicate=False)), nn.Parameter, iter(range(3, -1, -1))
+    assert all(after[name] is weight for name, weight in before.items())
+    monkeypatch.setattr(nn, "Parameter", lambda *given, **how: (1 // next(count), made(*given, **how))[1])
+    with pytest.raises(ZeroDivisionError), rounded(model, torch.bfloat16):  # in the midst of the layers
+        pass
+    after = dict(model.named_parameters(remove_duplicate=False))
+    assert all(after[name] is weight for name, weight in before.items())

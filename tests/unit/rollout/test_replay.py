@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from align import seeds
 from align.models import compiled, decode, forward
 from align.models.attention import use_attend
-from align.models.fixed import FixedSlots, bytes_a_token
+from align.models.fixed import FixedSlots
 from align.rollout import replay, sampler
 from align.rollout.sampler import DecodeSampler
 from align.types import Completions, Prompts
@@ -96,12 +96,23 @@ def test_rows_that_do_not_fit_wait(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_bytes_of_a_token_are_those_kept(name: str) -> None:
-    model, slots = ours(name), FixedSlots(torch.tensor([6, 4]), CPU)
-    ids, lengths = torch.tensor([[1, 2, 3], [2, 3, 0]]), torch.tensor([3, 2])
-    with torch.no_grad():
-        decode.fill(model, ids, lengths, slots, torch.tensor([1, 0]))
-    kept = sum(part.nbytes for parts in slots._layers.values() for part in parts)
-    assert kept == 2 * 5 * bytes_a_token(model, torch.float32)
+    model = ours(name)
+    assert decode.able(model, CPU, FixedSlots)
+    config = model.config
+    heads = getattr(config, "num_key_value_heads", config.num_attention_heads)
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    assert decode.bytes_a_token(model, CPU) == 2 * 4 * config.num_hidden_layers * heads * size
+
+
+def test_rows_that_are_done_ask_for_no_position_that_a_model_lacks() -> None:
+    """The last token that is written is never put in, so as many positions are enough."""
+    torch.manual_seed(0)
+    model = tiny.gpt2(n_positions=24).eval()
+    use_attend(model)
+    asked = tiny.prompts([8, 2, 5, 8])
+    how = DecodeSampler(max_new_tokens=17, temperature=0.0, batch_size=4)
+    found = replayed(how, model, asked)
+    assert torch.equal(found.ids, how(model, asked).ids) and int(found.lengths.max()) == 25
 
 
 def test_in_16_bits_weights_are_rounded_once_and_come_back() -> None:
@@ -125,8 +136,8 @@ def test_recorded_steps_answer_as_slots_do(name: str) -> None:
     model = ours(name).cuda()
     for at_once in (16, 80):
         found = [
-            DecodeSampler(max_new_tokens=40, batch_size=at_once, graphs=graphs)(model, prompts().to("cuda")).to("cpu")
-            for graphs in (True, False)
+            write(DecodeSampler(max_new_tokens=40, batch_size=at_once), model, prompts().to("cuda")).to("cpu")
+            for write in (replayed, DecodeSampler.__call__)  # which records no steps in float32 by itself
         ]
         assert torch.equal(found[0].ids, found[1].ids) and torch.equal(found[0].finished, found[1].finished)
 
