@@ -55,7 +55,7 @@ def packs(device: torch.device, *models: PreTrainedModel) -> bool:
 
     Not where attention looks only so far back, or is not ours (`align.models.attention`).
     """
-    return all(model not in padded and _known_to_pack(model, device) for model in models)
+    return all(_known_to_pack(model, device) and model not in padded for model in models)
 
 
 def _known_to_pack(model: PreTrainedModel, device: torch.device) -> bool:

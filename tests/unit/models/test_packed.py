@@ -217,7 +217,8 @@ def test_tokens_come_in_multiples_and_padding_stands_for_none(multiple: int) -> 
 def test_a_cpu_in_16_bits_computes_multiples_of_a_grain(frozen: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of blocks and logits alike, and all numbers are those of any other grain, frozen states (`Below`) included."""
     model, seen = ours("llama-tied"), set()
-    assert trials.packs(CPU, model) and trials.has_plain_head(model, CPU)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert trials.packs(CPU, model) and trials.has_plain_head(model, CPU)
     for layer in (model.base_model.layers[-1].mlp.up_proj, model.lm_head):
         layer.register_forward_hook(lambda _, inputs, out: seen.add(inputs[0].numel() // inputs[0].shape[-1]))
 
