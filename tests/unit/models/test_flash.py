@@ -136,6 +136,14 @@ def test_in_32_bits_there_are_bands(kernels: None) -> None:
         assert trials.laid_end_to_end(model, cpu, sizes, 40).starts is None
 
 
+@pytest.mark.parametrize(
+    ("size", "of_values", "taken"), [(8, 8, True), (12, 12, False), (264, 264, False), (8, 16, False)]
+)
+def test_heads_that_the_kernels_take(size: int, of_values: int, taken: bool) -> None:
+    query, value = torch.zeros(1, 1, 3, size), torch.zeros(1, 1, 3, of_values)
+    assert flash.takes(query.half(), value) is taken and not flash.takes(query, value)
+
+
 def test_what_a_model_can_do_is_tried_out_in_both_arithmetics(kernels: None) -> None:
     """Prompts that are written on from are computed this way too."""
     model, cpu = ours("qwen2"), torch.device("cpu")
