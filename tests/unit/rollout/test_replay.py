@@ -115,13 +115,20 @@ def test_rows_that_are_done_ask_for_no_position_that_a_model_lacks() -> None:
     assert torch.equal(found.ids, how(model, asked).ids) and int(found.lengths.max()) == 25
 
 
-def test_in_16_bits_weights_are_rounded_once_and_come_back() -> None:
-    model = ours("llama-tied")
+def test_in_16_bits_weights_are_rounded_once_and_come_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, seen, next_logits = ours("llama-tied"), set(), decode.next_logits
+
+    def noting(*given: object) -> torch.Tensor:
+        seen.update(id(weight) for weight in model.parameters() if weight.dtype == torch.bfloat16)
+        return next_logits(*given)
+
+    monkeypatch.setattr(decode, "next_logits", noting)
     before = dict(model.named_parameters(remove_duplicate=False))
     how = DecodeSampler(max_new_tokens=8, batch_size=80, dtype="bfloat16")
     with how._arithmetic("cpu"):
         found = replayed(how, model, prompts())
     after = dict(model.named_parameters(remove_duplicate=False))
+    assert len(seen) == 1 + 7 * model.config.num_hidden_layers  # the same in every step
     assert before.keys() == after.keys() and all(parameter is after[name] for name, parameter in before.items())
     mask = found.mask
     logprobs = forward.by_response(forward.token_logprobs(model, found.ids, found.token_mask), mask)
