@@ -16,7 +16,13 @@ install: .venv/installed
 	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-test: install
+# Interprets the GPU's kernel for a test; apart, since other packages would use it wherever they find it.
+.triton: Makefile
+	rm -rf $@
+	-$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --no-deps --target $@ triton==3.9.0
+	touch $@
+
+test: install .triton
 	$(BIN)/python -m pytest
 
 unit: install
@@ -34,4 +40,4 @@ format: install
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .triton runs
