@@ -22,10 +22,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from align.models import flash
-from align.models.dense import LONGEST, arithmetic, attend_densely, suits_cpu
+from align.models.dense import LONGEST, attend_densely, suits_cpu
 from align.models.fixed import FixedSlots
 from align.models.groups import GroupedSlots, attend_in_groups
 from align.models.packed import Packed
+from align.models.products import arithmetic
 from align.models.shared import Band, SharedPrompts
 from align.models.slots import Slots
 
@@ -94,7 +95,7 @@ def _attend_causally(module: nn.Module, query: Tensor, key: Tensor, value: Tenso
     Short sequences as `align.models.dense` has it, on CPUs that suit it.
     """
     suits = query.device.type == "cpu" and suits_cpu()
-    if suits and key.shape[2] <= LONGEST.get(arithmetic(query), 0) and _is_plain(module, arguments):
+    if suits and key.shape[2] <= LONGEST.get(arithmetic(query.device, query.dtype), 0) and _is_plain(module, arguments):
         return attend_densely(query, key, value, arguments.get("scaling"))
     mask = None
     if key.shape[2] > query.shape[2]:

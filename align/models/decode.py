@@ -13,7 +13,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.models import flash, sharding
+from align.models import products, sharding
 from align.models.attention import causal, looks_all_the_way
 from align.models.fixed import Begun, FixedSlots
 from align.models.groups import GroupedSlots
@@ -142,7 +142,7 @@ def able(model: PreTrainedModel, device: torch.device, kind: type[Slots] | type[
 
     On a GPU `FixedSlots` must also do without copies and without waiting, as a step that is recorded has to.
     """
-    known, which = _able.setdefault(model, {}), (kind, flash.arithmetic(device, model.dtype))
+    known, which = _able.setdefault(model, {}), (kind, products.arithmetic(device, model.dtype))
     if which not in known:
         fits = looks_all_the_way(model) and (kind is not FixedSlots or packs(device, model))
         known[which] = fits and _try(model, device, kind)
@@ -151,7 +151,7 @@ def able(model: PreTrainedModel, device: torch.device, kind: type[Slots] | type[
 
 def bytes_a_token(model: PreTrainedModel, device: torch.device) -> int:
     """What the keys and values of a token take, of a model that is `able` of `FixedSlots` in the arithmetic at hand."""
-    return _token_bytes[model][flash.arithmetic(device, model.dtype)]
+    return _token_bytes[model][products.arithmetic(device, model.dtype)]
 
 
 def _try(model: PreTrainedModel, device: torch.device, kind: type[Slots] | type[FixedSlots]) -> bool:
@@ -171,7 +171,7 @@ def _try(model: PreTrainedModel, device: torch.device, kind: type[Slots] | type[
             return False
     wanted = torch.stack([expected[rows, lengths + step] for step in range(2)])
     if isinstance(slots, FixedSlots):
-        _token_bytes.setdefault(model, {})[flash.arithmetic(device, model.dtype)] = slots.bytes_a_token
+        _token_bytes.setdefault(model, {})[products.arithmetic(device, model.dtype)] = slots.bytes_a_token
         if slots.copied and device.type == "cuda":
             return False
     return bool((torch.stack(got) - wanted).abs().max() <= ROUNDING * wanted.abs().max())

@@ -15,7 +15,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from align.models.products import has_bfloat16_vectors, has_matrix_units
+from align.models.products import arithmetic, has_bfloat16_vectors, has_matrix_units
 
 LONGEST = {torch.float32: 256, torch.bfloat16: 512}
 """So many tokens may be attended to: up to here it was about as fast as torch's or faster (docs/performance.md)."""
@@ -47,13 +47,8 @@ def attend_densely(
         scaling: Of the products; None: 1 / √d.
     """
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    found: Tensor = _Dense.apply(query, key, value, scaling, arithmetic(query))  # type: ignore[no-untyped-call]
+    found: Tensor = _Dense.apply(query, key, value, scaling, arithmetic(query.device, query.dtype))  # type: ignore[no-untyped-call]
     return found.transpose(1, 2)
-
-
-def arithmetic(query: Float[Tensor, "..."]) -> torch.dtype:
-    """In what values are weighed, and gradients computed."""
-    return torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else query.dtype
 
 
 class _Dense(torch.autograd.Function):

@@ -12,17 +12,13 @@ from torch import Tensor
 from torch.nn.attention import varlen
 from transformers import PreTrainedModel
 
+from align.models.products import arithmetic
+
 MOST_PER_HEAD = 256
 """Numbers of a head that the kernels take, in multiples of 8."""
 
 _SHARED = {"enable_gqa": True} if "enable_gqa" in (varlen.varlen_attn.__kwdefaults__ or {}) else {}
 """How a version of torch that wants to be told is told that several heads of queries may share one of keys."""
-
-
-def arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """In what a device multiplies numbers of this format: that of autocast where it is on."""
-    known = device.type in ("cpu", "cuda")  # `torch.amp.is_autocast_available` would end compiled code (PyTorch 2.11)
-    return torch.get_autocast_dtype(device.type) if known and torch.is_autocast_enabled(device.type) else dtype
 
 
 def suits(device: torch.device, model: PreTrainedModel) -> bool:

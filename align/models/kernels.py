@@ -1,8 +1,8 @@
 """Attention of tokens that are being written, on a GPU: each row's next token to all that is kept of its row.
 
-Work of this kind is bound by reading keys and values. torch's kernels read them at half of a GPU's speed or less: they
-are made for many queries a head, and mask what stands behind a row's end only after reading it. Here a program reads of
-one row and one head what is there, once for all query heads that share it, and writes the new token's on the way.
+Work of this kind is bound by reading keys and values, which torch's kernels read at half of a GPU's speed or less
+(docs/performance.md). Here a program reads of one row and one head what is there, once for all query heads that share
+it, and writes the new token's on the way.
 """
 
 import inspect

@@ -61,6 +61,12 @@ def has_bfloat16_vectors() -> bool:
     return supported is not None and supported()
 
 
+def arithmetic(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """In what a device multiplies numbers of this format: that of autocast where it is on."""
+    known = device.type in ("cpu", "cuda")  # `torch.amp.is_autocast_available` would end compiled code (PyTorch 2.11)
+    return torch.get_autocast_dtype(device.type) if known and torch.is_autocast_enabled(device.type) else dtype
+
+
 def use_products(model: nn.Module) -> None:
     """Lets a model's linear layers compute by `by_onednn`; layers of other kinds, such as quantised ones, stay."""
     if by_onednn():

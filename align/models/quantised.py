@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from align import distributed, interrupt
+from align.models.products import arithmetic
 
 BLOCK = 64
 """Weights with one scale, in float32: half a bit a weight."""
@@ -58,8 +59,7 @@ class QuantisedLinear(nn.Linear):
 
     def forward(self, input: Float[Tensor, "*batch columns"]) -> Float[Tensor, "*batch rows"]:
         """x Wᵀ + b, in the arithmetic of autocast if that is on."""
-        device = input.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else input.dtype
+        dtype = arithmetic(input.device, input.dtype)
         product: Tensor = _Product.apply(input.to(dtype), self.weight, self.scales, self.bits, self.in_features)  # type: ignore[assignment]
         return product if self.bias is None else product + self.bias.to(dtype)
 

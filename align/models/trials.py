@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from align.models import compiled, flash, sharding, shared
+from align.models import compiled, flash, products, sharding, shared
 from align.models.attention import causal, looks_all_the_way
 from align.models.packed import Packed, grain, pack, padded
 from align.models.packed import micro_batches as packed_batches
@@ -59,7 +59,7 @@ def packs(device: torch.device, *models: PreTrainedModel) -> bool:
 
 
 def _known_to_pack(model: PreTrainedModel, device: torch.device) -> bool:
-    known, arithmetic = _packing.setdefault(model, {}), flash.arithmetic(device, model.dtype)
+    known, arithmetic = _packing.setdefault(model, {}), products.arithmetic(device, model.dtype)
     if arithmetic not in known:
         known[arithmetic] = looks_all_the_way(model) and _packs(model, device)
     return known[arithmetic]

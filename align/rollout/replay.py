@@ -1,7 +1,7 @@
 """Writing on a GPU: one step for all rows, recorded once as a CUDA graph and replayed.
 
-Asked operation by operation, a GPU waits for Python: a step of a model of 24 blocks is about a thousand operations, of
-which each takes longer to ask for than to do. A recording asks for all of them at once. For that nothing may depend on
+Asked operation by operation, a GPU waits for Python: a step of a model of 24 blocks is about a thousand operations,
+which take longer to ask for than to do. A recording asks for all of them at once. For that nothing may depend on
 what was written: all is kept in memory that stays where it is (`align.models.fixed`), rows that have finished go on
 without effect, and only every few steps the host looks who has, and lets waiting prompts take their places.
 """

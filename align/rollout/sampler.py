@@ -26,7 +26,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel
 
-from align.models import compiled, decode, flash, sharding
+from align.models import compiled, decode, products, sharding
 from align.models.fixed import FixedSlots
 from align.models.groups import GroupedSlots
 from align.models.quantised import rounded
@@ -133,7 +133,7 @@ class DecodeSampler(BatchSampler):
     def _replay(self, policy: PreTrainedModel, prompts: Prompts) -> Completions:
         """Answers prompts, longest first, `batch_size` at a time, by recorded steps."""
         stops, points = _stop_ids(policy, prompts.device), _points(prompts, self.max_new_tokens)
-        kind, mixed = flash.arithmetic(prompts.device, policy.dtype), torch.is_autocast_enabled(prompts.device.type)
+        kind, mixed = products.arithmetic(prompts.device, policy.dtype), torch.is_autocast_enabled(prompts.device.type)
         with rounded(policy, kind) if mixed else contextlib.nullcontext(), compiled.on():
             found = replay.write(
                 policy, prompts, points, stops, temperature=self.temperature, rows=self.batch_size

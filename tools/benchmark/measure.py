@@ -102,7 +102,7 @@ def compare(name: str, kind: Kind, setup: Setup, bench: Worker, say: Say) -> dic
     if not taking_part:
         raise BenchmarkError(
             f"nobody does this kind of work here: --device {setup.work.device}, --precision "
-            f"{','.join(setup.precisions)}; on a GPU there is bfloat16 alone"
+            f"{','.join(setup.precisions)}; on a GPU there is bfloat16 alone, so leave --precision out or name it"
         )
     # Models that fill a GPU do not wait in it for their turns; nor does anyone else compute on it meanwhile.
     for group in [[item] for item in taking_part] if setup.work.device == CUDA else [taking_part]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import NormalDist
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from tokenizers import Tokenizer
@@ -23,6 +23,8 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
 from tools.benchmark.kinds import CPU
+
+Token = TypeVar("Token", int, Tensor)
 
 PAD, BOS, EOS, FIRST = 0, 1, 2, 3
 """Ids of special tokens, and of the first of all others."""
@@ -202,8 +204,8 @@ def response_length(prompt: Sequence[int], size: Size) -> int:
     return token_class(prompt[-1], size)
 
 
-def token_class(token: int, size: Size) -> int:
-    """How many tokens follow this one in an answer."""
+def token_class(token: Token, size: Size) -> Token:
+    """How many tokens follow this one in an answer; or of many tokens."""
     return 1 + (token - FIRST) % size.response.high
 
 
@@ -290,7 +292,7 @@ def _count_down(embedding: Tensor, output: Tensor, size: Size) -> None:
     """Lets answers count down; see above. One hidden unit stands for each class."""
     embedding.normal_(0.0, NOISE)
     tokens = torch.arange(FIRST, size.vocab, device=embedding.device)
-    classes = 1 + (tokens - FIRST) % size.response.high
+    classes = token_class(tokens, size)
     embedding[tokens, classes - 1] += EMBEDDED
     below = classes < size.response.high
     output[tokens[below], classes[below]] += WANTED  # the class above, which stands in the unit of that number less one
