@@ -11,8 +11,9 @@ tokens), so where it is used it computes in float32.
 
 import contextlib
 import functools
+import itertools
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,12 +23,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from align.models import flash
-from align.models.dense import LONGEST, attend_densely, suits_cpu
+from align.models.dense import LONGEST, Run, attend_densely, blocks_of, suits_cpu
 from align.models.fixed import FixedSlots
 from align.models.groups import GroupedSlots, attend_in_groups
 from align.models.packed import Packed
 from align.models.products import arithmetic
-from align.models.shared import Band, SharedPrompts
+from align.models.shared import Band, Part, SharedPrompts
 from align.models.slots import Slots
 
 NAME = "align_sdpa"
@@ -81,22 +82,36 @@ def _attend_in_bands(
 ) -> Tensor:
     """Each sequence attends to itself. Split and joined as a whole, so that no gradient is copied band by band."""
     bands = packed.bands or [(1, width) for width in packed.starts.diff().tolist()]  # type: ignore[union-attr]
-    sizes = [sequences * width for sequences, width in bands]
+    densely = _densely(module, query, arguments)
+    far = list(itertools.takewhile(lambda band: band[1] > densely, bands))  # the longest come first
+    near = _runs(bands[len(far) :])
+    sizes = [sequences * width for sequences, width in far]
+    pieces = zip(
+        *(part.split([*sizes, part.shape[1] - sum(sizes)], dim=1) for part in (query, key, value)), strict=True
+    )
     found = []
-    for band, *own in zip(bands, *(values.split(sizes, dim=1) for values in (query, key, value)), strict=True):
+    for band, own in zip(far, pieces, strict=False):
         apart = (values.unflatten(1, band).transpose(0, 1) for values in own)
         found.append(_attend_causally(module, *apart, **arguments).flatten(0, 1))
+    if near:
+        query, key, value = next(pieces)
+        found.append(attend_densely(query, key, value, blocks_of(near), arguments.get("scaling")))
     return torch.cat(found)[None]
 
 
-def _attend_causally(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
-    """Each token to those before it and itself, where queries are those of the last tokens.
+def _densely(module: nn.Module, query: Tensor, arguments: dict[str, Any]) -> int:
+    """Sequences of up to so many tokens attend by `align.models.dense`."""
+    suits = query.device.type == "cpu" and suits_cpu() and _is_plain(module, arguments)
+    return LONGEST.get(arithmetic(query.device, query.dtype), 0) if suits else 0
 
-    Short sequences as `align.models.dense` has it, on CPUs that suit it.
-    """
-    suits = query.device.type == "cpu" and suits_cpu()
-    if suits and key.shape[2] <= LONGEST.get(arithmetic(query.device, query.dtype), 0) and _is_plain(module, arguments):
-        return attend_densely(query, key, value, arguments.get("scaling"))
+
+def _runs(bands: Sequence[tuple[int, int]]) -> tuple[Run, ...]:
+    starts = itertools.accumulate((sequences * width for sequences, width in bands), initial=0)
+    return tuple(Run(sequences, width, start) for (sequences, width), start in zip(bands, starts, strict=False))
+
+
+def _attend_causally(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **arguments: Any) -> Tensor:
+    """Each token to those before it and itself, where queries are those of the last tokens."""
     mask = None
     if key.shape[2] > query.shape[2]:
         mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=key.device)
@@ -119,24 +134,49 @@ def _attend_to_shared(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, shared: SharedPrompts, **arguments: Any
 ) -> Tensor:
     """What sequences begin with attends to itself, what each has of its own to both: cheaper than all to all."""
-    sizes = [size for part in shared.parts for size in part.sizes]
+    densely = _densely(module, query, arguments)
+    ways = [(near, list(parts)) for near, parts in itertools.groupby(shared.parts, lambda part: part.fits(densely))]
+    sizes: list[int] = []
+    for near, parts in ways:
+        of_each = [size for part in parts for size in part.sizes]
+        sizes += [sum(of_each)] if near else of_each
     sizes.append(padding := query.shape[1] - sum(sizes))
     pieces = zip(*(values.split(sizes, dim=1) for values in (query, key, value)), strict=True)
     found = []
-    for part in shared.parts:
-        begun = [values.unflatten(1, (part.prompts, part.common)).transpose(0, 1) for values in next(pieces)]
-        if part.common:
-            found.append(_attend_causally(module, *begun, **arguments).flatten(0, 1))
-        for band in part.bands:
-            asked, *own = (values.unflatten(1, (band.sequences, band.width)).transpose(0, 1) for values in next(pieces))
-            seen = [torch.cat([_of_each(band, *both), both[1]], dim=2) for both in zip(begun[1:], own, strict=True)]
-            if band.mask is None:
-                found.append(_attend_causally(module, asked, *seen, **arguments).flatten(0, 1))
-            else:
-                found.append(attend(module, asked, *seen, attention_mask=band.mask, **arguments)[0].flatten(0, 1))
+    for near, parts in ways:
+        if near:
+            blocks, (query, key, value) = blocks_of(_runs_of_parts(parts)), next(pieces)
+            found.append(attend_densely(query, key, value, blocks, arguments.get("scaling")))
+            continue
+        for part in parts:
+            begun = [values.unflatten(1, (part.prompts, part.common)).transpose(0, 1) for values in next(pieces)]
+            if part.common:
+                found.append(_attend_causally(module, *begun, **arguments).flatten(0, 1))
+            for band in part.bands:
+                apart = (band.sequences, band.width)
+                asked, *own = (values.unflatten(1, apart).transpose(0, 1) for values in next(pieces))
+                seen = [torch.cat([_of_each(band, *both), both[1]], dim=2) for both in zip(begun[1:], own, strict=True)]
+                if band.mask is None:
+                    found.append(_attend_causally(module, asked, *seen, **arguments).flatten(0, 1))
+                else:
+                    found.append(attend(module, asked, *seen, attention_mask=band.mask, **arguments)[0].flatten(0, 1))
     if padding:
         found.append(found[0].new_zeros(padding, *found[0].shape[1:]))
     return torch.cat(found)[None]
+
+
+def _runs_of_parts(parts: Sequence[Part]) -> tuple[Run, ...]:
+    """Of parts of one prompt each."""
+    runs, start = [], 0
+    for part in parts:
+        begun = start
+        if part.common:
+            runs.append(Run(1, part.common, begun))
+        start += part.common
+        for band in part.bands:
+            runs.append(Run(band.sequences, band.width, start, part.common, begun))
+            start += band.sequences * band.width
+    return tuple(runs)
 
 
 def _of_each(band: Band, begun: Tensor, own: Tensor) -> Tensor:

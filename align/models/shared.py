@@ -45,6 +45,10 @@ class Part:
         """Tokens of what sequences begin with, then of each band."""
         return [self.prompts * self.common, *(band.sequences * band.width for band in self.bands)]
 
+    def fits(self, most: int) -> bool:
+        """Whether there is one prompt, and nobody attends to more tokens than these."""
+        return self.prompts == 1 and all(self.common + band.width <= most for band in self.bands)
+
 
 @dataclass(frozen=True)
 class SharedPrompts:

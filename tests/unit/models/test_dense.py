@@ -1,5 +1,7 @@
 """Attention by products of whole matrices, against torch's own."""
 
+import itertools
+import random
 from typing import Any
 
 import pytest
@@ -7,81 +9,160 @@ import tiny
 import torch
 from torch import Tensor
 
-from align.models import attention, forward, trials
+from align.models import attention, dense, forward, trials
 from align.models.attention import use_attend
-from align.models.dense import LONGEST, attend_densely
+from align.models.dense import CALL, COPIED, LONGEST, Block, Run, attend_densely, blocks_of
 
 EPISODES = tiny.completions([3, 19, 1, 5, 40, 2, 3], [4, 1, 7, 5, 9, 30, 4])
 
+ROWS = {
+    "one sequence": (Run(1, 7, 0),),
+    "one token": (Run(1, 1, 0),),
+    "two blocks": (Run(2, 150, 0), Run(5, 3, 300)),
+    "filled up": (Run(1, 11, 0), Run(2, 9, 11), Run(17, 2, 29)),
+    "one prompt": (Run(1, 6, 0), Run(3, 5, 6, 6, 0), Run(2, 1, 21, 6, 0)),
+    "prompts of their own lengths": (Run(1, 6, 0), Run(2, 5, 6, 6, 0), Run(1, 9, 16), Run(3, 4, 25, 9, 16)),
+}
+"""How sequences lie in a row of tokens."""
 
-def states(own: int, seen: int, shared: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Queries of 4 heads, keys and values of `shared`, and weights of the result: three sequences, as they lie."""
+
+def states(runs: tuple[Run, ...], shared: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Queries of 4 heads, keys and values of `shared`, and weights of the result, which fall off from run to run."""
     torch.manual_seed(0)
-    sizes = [(own, 4), (seen, shared), (seen, shared), (own, 4)]
-    made = [torch.randn(3, tokens, heads, 8, dtype=dtype).transpose(1, 2) for tokens, heads in sizes]
-    return [*(value.requires_grad_() for value in made[:3]), made[3]]
+    tokens = max(run.start + run.count * run.own for run in runs)
+    made = [torch.randn(tokens, heads, 8, dtype=dtype) for heads in (4, shared, shared, 4)]
+    return [*(value.transpose(0, 1).requires_grad_() for value in made[:3]), made[3]]
 
 
-def plain(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-    """`attend_densely` as torch has it."""
-    mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool).tril(key.shape[2] - query.shape[2])
-    return torch.nn.functional.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, scale=scaling, enable_gqa=True
-    ).transpose(1, 2)
+def plain(query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], scaling: float | None) -> Tensor:
+    """`attend_densely` as torch has it, sequence by sequence."""
+    found = torch.zeros(query.shape[1], len(query), value.shape[2], dtype=query.dtype)
+    for run in runs:
+        before = torch.arange(run.before_start, run.before_start + run.before)
+        for start in range(run.start, run.start + run.count * run.own, run.own):
+            own = torch.arange(start, start + run.own)
+            keys, values = (part[None, :, torch.cat([before, own])] for part in (key, value))
+            mask = torch.ones(run.own, run.before + run.own, dtype=torch.bool).tril(run.before)
+            found[own] = torch.nn.functional.scaled_dot_product_attention(
+                query[None, :, own], keys, values, attn_mask=mask, scale=scaling, enable_gqa=True
+            )[0].transpose(0, 1)
+    return found
 
 
-def with_gradients(function: Any, query: Tensor, key: Tensor, value: Tensor, weights: Tensor, scaling: Any) -> Any:
-    found = function(query, key, value, scaling)
-    return found, torch.autograd.grad((found * weights.transpose(1, 2)).sum(), (query, key, value))
+def densely(query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], scaling: float | None) -> Tensor:
+    return attend_densely(query, key, value, blocks_of(runs), scaling)
+
+
+def with_gradients(function: Any, given: list[Tensor], runs: tuple[Run, ...], scaling: float | None) -> Any:
+    *states, weights = given
+    found = function(*states, runs, scaling)
+    return found, torch.autograd.grad((found * weights).sum(), states)
 
 
 @pytest.mark.parametrize("scaling", [None, 0.2])
 @pytest.mark.parametrize("shared", [1, 2, 4])
-@pytest.mark.parametrize(("own", "seen"), [(7, 7), (1, 1), (5, 12), (1, 6)])
-def test_outputs_and_gradients_are_those_of_torch(own: int, seen: int, shared: int, scaling: float | None) -> None:
-    given = states(own, seen, shared, torch.float64)
-    found, gradients = with_gradients(attend_densely, *given, scaling)
-    expected, wanted = with_gradients(plain, *given, scaling)
+@pytest.mark.parametrize("name", ROWS)
+def test_outputs_and_gradients_are_those_of_torch(name: str, shared: int, scaling: float | None) -> None:
+    given = states(ROWS[name], shared, torch.float64)
+    found, gradients = with_gradients(densely, given, ROWS[name], scaling)
+    expected, wanted = with_gradients(plain, given, ROWS[name], scaling)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     for gradient, other in zip(gradients, wanted, strict=True):
         torch.testing.assert_close(gradient, other, rtol=1e-12, atol=1e-12)
 
 
+def test_tokens_of_no_sequence_get_zeros() -> None:
+    *given, weights = states((Run(1, 9, 0),), 4)
+    runs = (Run(1, 4, 1),)
+    expected, wanted = with_gradients(plain, [*given, weights], runs, None)
+    found, gradients = with_gradients(densely, [*given, weights], runs, None)
+    for got, right in zip((found, *gradients), (expected, *wanted), strict=True):
+        torch.testing.assert_close(got, right, rtol=1e-5, atol=1e-6)
+    assert not found[[0, 5, 8]].any() and not gradients[1][:, [0, 5, 8]].any()
+
+
+@pytest.mark.parametrize("name", ["filled up", "prompts of their own lengths"])
 @pytest.mark.parametrize("scaling", [None, 3.0])
-def test_under_autocast_it_is_as_close_as_16_bits_are(scaling: float | None) -> None:
+def test_under_autocast_it_is_as_close_as_16_bits_are(scaling: float | None, name: str) -> None:
     """Large scores, too, which 16 bits would round by as much as the probabilities are told by."""
-    given = states(20, 33, 2)
-    expected, wanted = with_gradients(plain, *given, scaling)
+    given = states(ROWS[name], 2)
+    expected, wanted = with_gradients(plain, given, ROWS[name], scaling)
     with torch.autocast("cpu", torch.bfloat16):
-        found, gradients = with_gradients(attend_densely, *given, scaling)
+        found, gradients = with_gradients(densely, given, ROWS[name], scaling)
     assert found.dtype == torch.bfloat16 and all(gradient.dtype == torch.float32 for gradient in gradients)
     for got, right in zip((found, *gradients), (expected, *wanted), strict=True):
         assert 0.0 < float((got - right).detach().norm()) < 0.01 * float(right.detach().norm())
 
 
+def test_gradients_of_many_answers_are_added_up_in_32_bits() -> None:
+    """A prompt of 300 answers: sums in 16 bits would stand still where an answer adds less than they can tell."""
+    runs = (Run(1, 2, 0), Run(300, 1, 2, 2, 0))
+    given = states(runs, 4)
+    given[3].abs_()
+    _, wanted = with_gradients(plain, given, runs, None)
+    with torch.autocast("cpu", torch.bfloat16):
+        _, gradients = with_gradients(densely, given, runs, None)
+    error = (gradients[2] - wanted[2])[:, :2].norm() / wanted[2][:, :2].norm()
+    assert float(error) < 1e-3
+
+
 def test_weights_in_16_bits_keep_their_format_without_autocast() -> None:
-    given = [value.detach() for value in states(6, 6, 4, torch.bfloat16)[:3]]
-    found, expected = attend_densely(*given, None), plain(*(value.float() for value in given), None)
+    runs = ROWS["filled up"]
+    given = [value.detach() for value in states(runs, 4, torch.bfloat16)[:3]]
+    found, expected = densely(*given, runs, None), plain(*(value.float() for value in given), runs, None)
     assert found.dtype == torch.bfloat16
     assert 0.0 < float((found - expected).norm()) < 0.01 * float(expected.norm())
 
 
-@pytest.mark.parametrize("longest", [256, 5, 0])
-def test_models_use_it_up_to_a_length(longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, widths = tiny.families()["llama-tied"], []
+@pytest.mark.parametrize("seed", range(5))
+def test_blocks_cost_least(seed: int) -> None:
+    draw = random.Random(seed)
+    runs = tuple(Run(draw.randint(1, 9), draw.randint(1, 60), 0, draw.choice([0, 0, 20, 45])) for _ in range(8))
+    ordered = sorted(runs, key=lambda run: (run.own, run.before), reverse=True)
+    costs = []
+    for cuts in itertools.product([False, True], repeat=len(runs) - 1):
+        ends = [index + 1 for index, cut in enumerate(cuts) if cut] + [len(runs)]
+        costs.append(sum(cost(ordered[start:end]) for start, end in zip([0, *ends], ends, strict=False)))
+    assert sum(cost_of_block(block) for block in blocks_of(runs)) == min(costs)
+
+
+def cost(runs: list[Run]) -> int:
+    seen = max(run.own + run.before for run in runs)
+    count, own, seen = dense._filled_up((sum(run.count for run in runs), max(run.own for run in runs), seen))
+    return CALL + count * own * (seen + COPIED)
+
+
+def cost_of_block(block: Block) -> int:
+    return CALL + len(block.asking) * (len(block.seen) // block.sequences + COPIED)
+
+
+def test_blocks_come_in_few_sizes() -> None:
+    """Which a library prepares for, one by one."""
+    assert dense._filled_up((1, 1, 1)) == (1, 8, 8)
+    assert dense._filled_up((16, 15, 16)) == (16, 16, 16) and dense._filled_up((17, 17, 17)) == (18, 24, 24)
+    assert dense._filled_up((33, 128, 129)) == (36, 128, 144)
+    single = {size for count in range(1, 257) for size in dense._filled_up((count, count, count))[:1]}
+    widths = {dense._filled_up((1, width, width))[1] for width in range(1, 257)}
+    assert len(single) == 48 and len(widths) == 24
+
+
+@pytest.mark.parametrize(("suits", "longest"), [(True, 256), (True, 5), (True, 0), (False, 256)])
+def test_models_use_it_up_to_a_length(suits: bool, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokens = tiny.families()["llama-tied"], []
     use_attend(model)
     assert trials.packs(torch.device("cpu"), model)
 
-    def noted(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
-        widths.append(key.shape[2])
-        return attend_densely(query, key, value, scaling)
+    def noted(query: Tensor, *others: Any) -> Tensor:
+        tokens.append(query.shape[1])
+        return attend_densely(query, *others)
 
     monkeypatch.setattr(attention, "attend_densely", noted)
-    monkeypatch.setattr(attention, "suits_cpu", lambda: True)
+    monkeypatch.setattr(attention, "suits_cpu", lambda: suits)
     monkeypatch.setitem(LONGEST, torch.float32, longest)
     found = forward.token_logprobs(model, EPISODES.ids, EPISODES.token_mask)
     bands = forward._layout_for(model, EPISODES.ids, EPISODES.token_mask).bands
-    assert sorted(set(widths)) == sorted({width for _, width in bands if width <= longest})
+    short = sum(sequences * width for sequences, width in bands if suits and width <= longest)
+    assert set(tokens) == ({short} if short else set())
     monkeypatch.setitem(LONGEST, torch.float32, 0)
     torch.testing.assert_close(
         found, forward.token_logprobs(model, EPISODES.ids, EPISODES.token_mask), rtol=1e-5, atol=1e-6
@@ -97,18 +178,3 @@ def test_attention_that_is_asked_for_more_is_torchs(asked: dict[str, Any]) -> No
     assert not attention._is_plain(module, {"dropout": 0.0} | asked)
     module.is_causal = False  # type: ignore[assignment]
     assert not attention._is_plain(module, {})
-
-
-@pytest.mark.parametrize(("suits", "longest"), [(False, 256), (True, 8)])
-def test_other_cpus_and_more_tokens_have_torchs(suits: bool, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*_: Any) -> Tensor:
-        raise AssertionError
-
-    monkeypatch.setattr(attention, "attend_densely", refuse)
-    monkeypatch.setattr(attention, "suits_cpu", lambda: suits)
-    monkeypatch.setitem(LONGEST, torch.float32, longest)
-    query, key, value, _ = states(4, 9, 2)
-    module = torch.nn.Module()
-    module.num_key_value_groups = 2  # type: ignore[assignment]
-    found = attention._attend_causally(module, query, key, value)
-    torch.testing.assert_close(found, plain(query, key, value, None), rtol=1e-5, atol=1e-6)

@@ -85,14 +85,15 @@ def test_a_sequence_always_keeps_a_token_of_its_own() -> None:
     assert found.last.tolist() == [3, 6, 5]
 
 
-@pytest.mark.parametrize("suits", [True, False])
+@pytest.mark.parametrize("longest", [256, 8, 0])
 @pytest.mark.parametrize("apart", [True, False])
 @pytest.mark.parametrize("family", ["gpt2", "llama-tied", "llama-untied", "qwen2", "qwen3"])
 def test_scores_and_gradients_are_those_of_passes_apart(
-    family: str, apart: bool, suits: bool, monkeypatch: pytest.MonkeyPatch
+    family: str, apart: bool, longest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(attention, "suits_cpu", lambda: suits)
-    monkeypatch.setitem(LONGEST, torch.float64, 256)
+    """Where those of all prompts, of some, and of none attend by `align.models.dense`."""
+    monkeypatch.setattr(attention, "suits_cpu", lambda: True)
+    monkeypatch.setitem(LONGEST, torch.float64, longest)
     model = scalar(family).double()
     model.hf.double()
     assert trials.shares_prompts(model.hf, torch.device("cpu"))
