@@ -23,7 +23,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from align.models import flash
-from align.models.dense import LONGEST, Run, attend_densely, blocks_of, suits_cpu
+from align.models.dense import LONGEST, Run, attend_densely, lay_out, suits_cpu
 from align.models.fixed import FixedSlots
 from align.models.groups import GroupedSlots, attend_in_groups
 from align.models.packed import Packed
@@ -95,7 +95,7 @@ def _attend_in_bands(
         found.append(_attend_causally(module, *apart, **arguments).flatten(0, 1))
     if near:
         query, key, value = next(pieces)
-        found.append(attend_densely(query, key, value, blocks_of(near), arguments.get("scaling")))
+        found.append(attend_densely(query, key, value, lay_out(near, query.shape[1]), arguments.get("scaling")))
     return torch.cat(found)[None]
 
 
@@ -145,8 +145,9 @@ def _attend_to_shared(
     found = []
     for near, parts in ways:
         if near:
-            blocks, (query, key, value) = blocks_of(_runs_of_parts(parts)), next(pieces)
-            found.append(attend_densely(query, key, value, blocks, arguments.get("scaling")))
+            query, key, value = next(pieces)
+            layout = lay_out(_runs_of_parts(parts), query.shape[1])
+            found.append(attend_densely(query, key, value, layout, arguments.get("scaling")))
             continue
         for part in parts:
             begun = [values.unflatten(1, (part.prompts, part.common)).transpose(0, 1) for values in next(pieces)]

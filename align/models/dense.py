@@ -11,7 +11,7 @@ shape (oneDNN, in 16 bits) took three times as long over the preparing as over t
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -60,43 +60,77 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Block:
-    """Sequences as a batch, filled up. Axes: `asking`, sequences times their own tokens; `seen`, times all of them."""
+    """Sequences as a batch, filled up to sizes of which there are few."""
 
     sequences: int
-    asking: Int[Tensor, " asking"]
-    """Which token is where. Behind a sequence's end its last one is repeated; behind the last sequence, all of it."""
-    seen: Int[Tensor, " seen"]
-    """The same of keys and values."""
-    later: Float[Tensor, "apart own all"]
+    own: int
+    """Tokens of each that ask."""
+    seen: int
+    """Tokens of each that are asked, own ones last."""
+    later: Float[Tensor, "apart own seen"]
     """-∞ where the second comes later in its sequence than the first, else 0; once where sequences are alike."""
-    tokens: Int[Tensor, " tokens"]
-    """The tokens of the row that are here and are no repetitions."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the tokens of a row are in blocks that lie one behind the other. Axes: `asking`, `seen`, of all blocks.
+
+    Behind a sequence's end its last token is repeated, behind a block's last sequence all of it.
+    """
+
+    blocks: tuple[Block, ...]
+    asking: Int[Tensor, " asking"]
+    """The token whose query is at each place."""
+    seen: Int[Tensor, " seen"]
+    """The token whose key and value are."""
+    asked: Int[Tensor, " asking"]
+    """As `asking`, but what is a repetition stands for the one behind the row's last token."""
     places: Int[Tensor, " tokens"]
-    """Where they are among those asking."""
+    """Where each token's query is; behind all of them where a token is of no sequence."""
 
 
 @functools.lru_cache(maxsize=2)
-def blocks_of(runs: tuple[Run, ...]) -> tuple[Block, ...]:
-    """Lays sequences out in the blocks that cost least. The layers of a pass ask for the same one after the other."""
-    ordered = sorted(runs, key=lambda run: (run.own, run.before), reverse=True)
-    cheapest: list[tuple[int, int]] = [(0, 0)]  # of the first runs: the least cost, and where the last block starts
-    for end in range(1, len(ordered) + 1):
-        best, sizes = (0, -1), (0, 0, 0)
+def lay_out(runs: tuple[Run, ...], tokens: int) -> Layout:
+    """The blocks that cost least. The layers of a pass ask for the same one after the other.
+
+    Args:
+        runs: Sequences of the row.
+        tokens: Of the row, where some may be of no sequence.
+    """
+    blocks = [_filled(part) for part in _cut(sorted(runs, key=lambda run: (run.own, run.before), reverse=True))]
+    sequences = torch.cat([sequences for _, sequences in blocks])
+    sizes = torch.tensor([size for size, _ in blocks])
+    starts, owns, befores, before_starts, real = sequences.unbind(1)
+    of, within = _places(sizes[:, 0], sizes[:, 1])
+    asking = starts[of] + torch.minimum(within, owns[of] - 1)
+    asked = torch.where((within < owns[of]) & (real[of] > 0), asking, tokens)
+    places = torch.full((tokens + 1,), len(asking)).index_copy(0, asked, torch.arange(len(asking)))[:-1]
+    of, within = _places(sizes[:, 0], sizes[:, 2])
+    within = torch.minimum(within, befores[of] + owns[of] - 1)
+    seen = within + torch.where(within < befores[of], before_starts[of], starts[of] - befores[of])
+    made = (Block(*size, _later(befores, *size)) for size, befores in ((size, rows[:, 2]) for size, rows in blocks))
+    return Layout(tuple(made), asking, seen, asked, places)
+
+
+def _cut(runs: Sequence[Run]) -> list[Sequence[Run]]:
+    """Into blocks."""
+    cheapest: list[tuple[float, int]] = [(0, 0)]  # of the first runs: the least cost, and where the last block starts
+    for end in range(1, len(runs) + 1):
+        best, sizes = (math.inf, end), (0, 0, 0)
         for start in range(end - 1, -1, -1):
-            sizes = _joined(sizes, ordered[start])
+            sizes = _joined(sizes, runs[start])
             count, own, seen = _filled_up(sizes)
             cost = CALL + count * own * (seen + COPIED)
-            if best[1] >= 0 and cost >= best[0]:  # all larger blocks cost more
+            if cost >= best[0]:  # all larger blocks cost more
                 break
-            if best[1] < 0 or cheapest[start][0] + cost < best[0]:
-                best = cheapest[start][0] + cost, start
+            best = min(best, (cheapest[start][0] + cost, start))
         cheapest.append(best)
-    blocks, end = [], len(ordered)
+    parts, end = [], len(runs)
     while end > 0:
         start = cheapest[end][1]
-        blocks.append(_block(ordered[start:end]))
+        parts.append(runs[start:end])
         end = start
-    return tuple(blocks[::-1])
+    return parts[::-1]
 
 
 def _joined(sizes: tuple[int, int, int], run: Run) -> tuple[int, int, int]:
@@ -112,45 +146,42 @@ def _filled_up(sizes: tuple[int, int, int]) -> tuple[int, int, int]:
     return count, own, seen
 
 
-def _block(runs: Sequence[Run]) -> Block:
-    count, own, seen = _filled_up(functools.reduce(_joined, runs, (0, 0, 0)))
-    starts, owns, befores, before_starts = (
-        torch.tensor(numbers)[:, None] for numbers in zip(*_each(runs), strict=True)
-    )
-    number = torch.arange(count).clamp_max(len(starts) - 1)
-    within = torch.minimum(torch.arange(own), owns - 1)
-    asking = starts + within
-    all_of_it = torch.minimum(torch.arange(seen), befores + owns - 1)
-    keys = torch.where(all_of_it < befores, before_starts + all_of_it, starts + all_of_it - befores)
-    later = torch.arange(seen) > torch.arange(own)[:, None] + befores[:, :, None]
-    real = torch.arange(own) < owns
+def _filled(runs: Sequence[Run]) -> tuple[tuple[int, int, int], Int[Tensor, "sequences numbers"]]:
+    """A block's sizes, and of each sequence: start, own tokens, tokens before, their start, and whether it is real."""
+    size = _filled_up(functools.reduce(_joined, runs, (0, 0, 0)))
+    each = [
+        (run.start + number * run.own, run.own, run.before, run.before_start, 1)
+        for run in runs
+        for number in range(run.count)
+    ]
+    return size, torch.tensor(each + [(*each[-1][:-1], 0)] * (size[0] - len(each)))
+
+
+def _places(
+    sequences: Int[Tensor, " blocks"], widths: Int[Tensor, " blocks"]
+) -> tuple[Int[Tensor, " places"], Int[Tensor, " places"]]:
+    """Of every place of all blocks, of which sequence it is, and which of its tokens."""
+    sizes = widths.repeat_interleave(sequences)
+    of = torch.arange(len(sizes)).repeat_interleave(sizes)
+    return of, torch.arange(len(of)) - (sizes.cumsum(0) - sizes)[of]
+
+
+def _later(befores: Int[Tensor, " filled"], sequences: int, own: int, seen: int) -> Float[Tensor, "apart own seen"]:
+    """See `Block.later`."""
     alike = bool((befores == befores[0]).all())
-    later = later[:1] if alike else later[number]
-    return Block(
-        sequences=count,
-        asking=asking[number].flatten(),
-        seen=keys[number].flatten(),
-        later=torch.zeros(later.shape).masked_fill_(later, -math.inf),
-        tokens=asking[real],
-        places=real.flatten().nonzero()[:, 0],
-    )
-
-
-def _each(runs: Iterable[Run]) -> Iterator[tuple[int, int, int, int]]:
-    """Of each sequence: where it starts, own tokens, tokens before them, and where these start."""
-    for run in runs:
-        for number in range(run.count):
-            yield run.start + number * run.own, run.own, run.before, run.before_start
+    begun = befores[: 1 if alike else sequences, None, None]
+    later = torch.arange(seen) > torch.arange(own)[:, None] + begun
+    return torch.zeros(later.shape).masked_fill_(later, -math.inf)
 
 
 def attend_densely(
     query: Float[Tensor, "heads tokens d"],
     key: Float[Tensor, "shared tokens d"],
     value: Float[Tensor, "shared tokens e"],
-    blocks: tuple[Block, ...],
+    layout: Layout,
     scaling: float | None,
 ) -> Float[Tensor, "tokens heads e"]:
-    """Attention of tokens to all before them in their sequence and themselves; 0 where a token is in no block.
+    """Attention of tokens to all before them in their sequence and themselves; 0 where a token is of no sequence.
 
     Under autocast, scores and softmax are in float32 and all else is multiplied in 16 bits. Scores rounded to these,
     too, put gradients off by 5 % where they were spread by 16 (docs/performance.md).
@@ -158,12 +189,12 @@ def attend_densely(
     Args:
         query: Heads that share a key lie next to each other.
         key, value: Of the same tokens.
-        blocks: Which sequences they are.
+        layout: Which sequences they are.
         scaling: Of the products; None: 1 / √d.
     """
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
     rows = (values.transpose(0, 1) for values in (query, key, value))
-    found: Tensor = _Dense.apply(*rows, blocks, scaling, arithmetic(query.device, query.dtype))  # type: ignore[no-untyped-call]
+    found: Tensor = _Dense.apply(*rows, layout, scaling, arithmetic(query.device, query.dtype))  # type: ignore[no-untyped-call]
     return found
 
 
@@ -173,69 +204,65 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        blocks: tuple[Block, ...],
-        scaling: float,
-        dtype: torch.dtype,
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, dtype: torch.dtype
     ) -> Tensor:
-        (tokens, heads, _), shared = query.shape, key.shape[1]
+        heads, shared = query.shape[1], key.shape[1]
         exact, group, kept = torch.promote_types(dtype, torch.float32), heads // shared, []
-        found = query.new_zeros(tokens, heads * value.shape[2], dtype=dtype)
-        for block in blocks:
-            queries = _batch(query.index_select(0, block.asking), block.sequences, shared, exact)
-            keys = _batch(key.index_select(0, block.seen), block.sequences, shared, exact)
-            values = _batch(value.index_select(0, block.seen), block.sequences, shared, dtype)
-            later = block.later.to(exact).repeat(1, group, 1)
-            if len(later) > 1:
-                later = later.repeat_interleave(shared, 0)
+        picked = query.index_select(0, layout.asking), *(part.index_select(0, layout.seen) for part in (key, value))
+        found = _Rows(len(layout.asking) + 1, heads, value.shape[2], dtype)
+        for block, (asking, *seen) in zip(layout.blocks, _apart(layout, *picked), strict=True):
+            queries = _batch(asking, block.sequences, shared, exact)
+            keys, values = (
+                _batch(part, block.sequences, shared, kind) for part, kind in zip(seen, (exact, dtype), strict=True)
+            )
+            later = block.later.to(exact)
+            later = later.repeat(1, group, 1) if group > 1 else later
+            later = later.repeat_interleave(shared, 0) if len(later) > 1 else later
             scores = torch.baddbmm(later, queries, keys.transpose(1, 2), alpha=scaling)
             shares = torch.softmax(scores, dim=-1).to(dtype)
             kept += queries.to(dtype), keys.to(dtype), values, shares
-            rows = _rows(torch.bmm(shares, values), block.sequences, group)
-            found.index_copy_(0, block.tokens, rows.index_select(0, block.places))
+            found.add(torch.bmm(shares, values), block.sequences, block.own)
         ctx.save_for_backward(*kept)
-        ctx.blocks, ctx.scaling, ctx.group = blocks, scaling, group
-        return found.view(tokens, heads, -1)
+        ctx.layout, ctx.scaling, ctx.heads = layout, scaling, (heads, shared)
+        return found.rows.index_select(0, layout.places)
 
     @staticmethod
     @once_differentiable
     @torch.autocast("cpu", enabled=False)
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        tokens, kept, group = len(grad), iter(ctx.saved_tensors), ctx.group
-        totals: list[Tensor] = []
-        for block in ctx.blocks:
-            queries, keys, values, shares = (next(kept) for _ in range(4))
-            asked = grad.new_zeros(len(block.asking), *grad.shape[1:])
-            asked.index_copy_(0, block.places, grad.index_select(0, block.tokens))
-            asked = _batch(asked, block.sequences, len(keys) // block.sequences, shares.dtype)
+        layout, kept, (heads, shared) = ctx.layout, ctx.saved_tensors, ctx.heads
+        _, keys, values, shares = kept[:4]
+        exact, dtype = torch.promote_types(shares.dtype, torch.float32), shares.dtype
+        for_query = _Rows(len(layout.asking) + 1, heads, keys.shape[2], exact)
+        for_key = _Rows(len(layout.seen), shared, keys.shape[2], exact)
+        for_value = _Rows(len(layout.seen), shared, values.shape[2], exact)
+        grads = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])]).index_select(0, layout.asked)
+        for number, (block, (part,)) in enumerate(zip(layout.blocks, _apart(layout, grads), strict=True)):
+            queries, keys, values, shares = kept[4 * number : 4 * number + 4]
+            asked = _batch(part, block.sequences, shared, dtype)
             nothing = asked.new_empty(1)
             # The narrow factor first, and the result turned: up to 1.4 times as fast.
-            for_value = torch.bmm(asked.transpose(1, 2), shares).transpose(1, 2)
+            turned = torch.bmm(asked.transpose(1, 2), shares)
+            for_value.add(turned.transpose(1, 2), block.sequences, block.seen)
             for_shares = torch.bmm(asked, values.transpose(1, 2))
-            for_scores = torch.ops.aten._softmax_backward_data(for_shares, shares, -1, shares.dtype)
-            for_query = torch.baddbmm(nothing, for_scores, keys, beta=0, alpha=ctx.scaling)
-            for_key = torch.baddbmm(nothing, queries.transpose(1, 2), for_scores, beta=0, alpha=ctx.scaling)
-            rows = (
-                _rows(for_query, block.sequences, group),
-                _rows(for_key.transpose(1, 2), block.sequences),
-                _rows(for_value, block.sequences),
-            )
-            if not totals:
-                exact = torch.promote_types(shares.dtype, torch.float32)
-                totals = [part.new_zeros(tokens, part.shape[1], dtype=exact) for part in rows]
-            # What fills a block up has gradients of 0.
-            for total, part, places in zip(totals, rows, (block.asking, block.seen, block.seen), strict=True):
-                total.index_add_(0, places, part.to(total.dtype))
-        sizes = (queries, keys, values)
-        return (
-            *(total.view(tokens, -1, part.shape[2]) for total, part in zip(totals, sizes, strict=True)),
-            None,
-            None,
-            None,
+            for_scores = torch.ops.aten._softmax_backward_data(for_shares, shares, -1, dtype)
+            found = torch.baddbmm(nothing, for_scores, keys, beta=0, alpha=ctx.scaling)
+            for_query.add(found, block.sequences, block.own)
+            turned = torch.baddbmm(nothing, queries.transpose(1, 2), for_scores, beta=0, alpha=ctx.scaling)
+            for_key.add(turned.transpose(1, 2), block.sequences, block.seen)
+        # What fills blocks up has gradients of 0.
+        sums = (part.rows.new_zeros(len(grad), *part.rows.shape[1:]) for part in (for_key, for_value))
+        of_seen = (
+            total.index_add_(0, layout.seen, part.rows) for total, part in zip(sums, (for_key, for_value), strict=True)
         )
+        return for_query.rows.index_select(0, layout.places), *of_seen, None, None, None
+
+
+def _apart(layout: Layout, asking: Tensor, *seen: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """What is known of those asking and those seen, block by block."""
+    of_asking = asking.split([block.sequences * block.own for block in layout.blocks])
+    of_seen = (part.split([block.sequences * block.seen for block in layout.blocks]) for part in seen)
+    return zip(of_asking, *of_seen, strict=True)
 
 
 def _batch(
@@ -247,7 +274,16 @@ def _batch(
     return whole.view(sequences * shared, -1, rows.shape[2])
 
 
-def _rows(batch: Float[Tensor, "batch asking d"], sequences: int, group: int = 1) -> Float[Tensor, "places numbers"]:
-    """The way back: what belongs to one token next to each other."""
-    apart = batch.unflatten(1, (group, -1)).unflatten(0, (sequences, -1))
-    return apart.permute(0, 3, 1, 2, 4).reshape(sequences * apart.shape[3], -1)
+class _Rows:
+    """The way back from batches: what belongs to one token next to each other. A last row that is not added stays 0."""
+
+    def __init__(self, count: int, heads: int, size: int, dtype: torch.dtype) -> None:
+        self.rows = torch.empty(count, heads, size, dtype=dtype)
+        self.rows[-1:] = 0.0
+        self.filled = 0
+
+    def add(self, batch: Float[Tensor, "batch asking d"], sequences: int, tokens: int) -> None:
+        count = sequences * tokens
+        into = self.rows[self.filled : self.filled + count].unflatten(0, (sequences, tokens))
+        into.copy_(batch.unflatten(1, (-1, tokens)).unflatten(0, (sequences, -1)).flatten(1, 2).transpose(1, 2))
+        self.filled += count

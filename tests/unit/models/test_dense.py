@@ -11,7 +11,7 @@ from torch import Tensor
 
 from align.models import attention, dense, forward, trials
 from align.models.attention import use_attend
-from align.models.dense import CALL, COPIED, LONGEST, Block, Run, attend_densely, blocks_of
+from align.models.dense import CALL, COPIED, LONGEST, Block, Run, attend_densely, lay_out
 
 EPISODES = tiny.completions([3, 19, 1, 5, 40, 2, 3], [4, 1, 7, 5, 9, 30, 4])
 
@@ -50,7 +50,7 @@ def plain(query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], scal
 
 
 def densely(query: Tensor, key: Tensor, value: Tensor, runs: tuple[Run, ...], scaling: float | None) -> Tensor:
-    return attend_densely(query, key, value, blocks_of(runs), scaling)
+    return attend_densely(query, key, value, lay_out(runs, query.shape[1]), scaling)
 
 
 def with_gradients(function: Any, given: list[Tensor], runs: tuple[Run, ...], scaling: float | None) -> Any:
@@ -123,7 +123,7 @@ def test_blocks_cost_least(seed: int) -> None:
     for cuts in itertools.product([False, True], repeat=len(runs) - 1):
         ends = [index + 1 for index, cut in enumerate(cuts) if cut] + [len(runs)]
         costs.append(sum(cost(ordered[start:end]) for start, end in zip([0, *ends], ends, strict=False)))
-    assert sum(cost_of_block(block) for block in blocks_of(runs)) == min(costs)
+    assert sum(cost_of_block(block) for block in lay_out(runs, 600).blocks) == min(costs)
 
 
 def cost(runs: list[Run]) -> int:
@@ -133,7 +133,7 @@ def cost(runs: list[Run]) -> int:
 
 
 def cost_of_block(block: Block) -> int:
-    return CALL + len(block.asking) * (len(block.seen) // block.sequences + COPIED)
+    return CALL + block.sequences * block.own * (block.seen + COPIED)
 
 
 def test_blocks_come_in_few_sizes() -> None:
