@@ -146,7 +146,7 @@ def test_blocks_come_in_few_sizes() -> None:
     assert len(single) == 48 and len(widths) == 24
 
 
-@pytest.mark.parametrize(("suits", "longest"), [(True, 256), (True, 5), (True, 0), (False, 256)])
+@pytest.mark.parametrize(("suits", "longest"), [(True, 256), (True, 31), (True, 5), (True, 0), (False, 256)])
 def test_models_use_it_up_to_a_length(suits: bool, longest: int, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokens = tiny.families()["llama-tied"], []
     use_attend(model)
@@ -161,7 +161,9 @@ def test_models_use_it_up_to_a_length(suits: bool, longest: int, monkeypatch: py
     monkeypatch.setitem(LONGEST, torch.float32, longest)
     found = forward.token_logprobs(model, EPISODES.ids, EPISODES.token_mask)
     bands = forward._layout_for(model, EPISODES.ids, EPISODES.token_mask).bands
-    short = sum(sequences * width for sequences, width in bands if suits and width <= longest)
+    first = next((number for number, (_, width) in enumerate(bands) if suits and width <= longest), len(bands))
+    short = sum(sequences * width for sequences, width in bands[first:])
+    assert longest != 31 or bands[1][1] == longest
     assert set(tokens) == ({short} if short else set())
     monkeypatch.setitem(LONGEST, torch.float32, 0)
     torch.testing.assert_close(
