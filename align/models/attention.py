@@ -83,7 +83,7 @@ def _attend_in_bands(
     """Each sequence attends to itself. Split and joined as a whole, so that no gradient is copied band by band."""
     bands = packed.bands or [(1, width) for width in packed.starts.diff().tolist()]  # type: ignore[union-attr]
     densely = _densely(module, query, arguments)
-    far = list(itertools.takewhile(lambda band: band[1] > densely, bands))  # the longest come first
+    far = list(itertools.takewhile(lambda band: band[1] > densely, bands))  # the longest come first, padding last
     near = _runs(bands[len(far) :])
     sizes = [sequences * width for sequences, width in far]
     pieces = zip(

@@ -89,9 +89,9 @@ class Layout:
     """Where each token's query is; behind all of them where a token is of no sequence."""
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=8)
 def lay_out(runs: tuple[Run, ...], tokens: int) -> Layout:
-    """The blocks that cost least. The layers of a pass ask for the same one after the other.
+    """The blocks that cost least, of runs in order of length. All layers of a pass ask for the same.
 
     Args:
         runs: Sequences of the row.
@@ -193,8 +193,9 @@ def attend_densely(
         scaling: Of the products; None: 1 / √d.
     """
     scaling = 1 / math.sqrt(query.shape[-1]) if scaling is None else scaling
-    rows = (values.transpose(0, 1) for values in (query, key, value))
-    found: Tensor = _Dense.apply(*rows, layout, scaling, arithmetic(query.device, query.dtype))  # type: ignore[no-untyped-call]
+    rows, kind = [values.transpose(0, 1) for values in (query, key, value)], arithmetic(query.device, query.dtype)
+    learns = torch.is_grad_enabled() and any(part.requires_grad for part in rows)
+    found: Tensor = _Dense.apply(*rows, layout, scaling, kind, learns)  # type: ignore[no-untyped-call]
     return found
 
 
@@ -204,23 +205,29 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     @torch.autocast("cpu", enabled=False)
     def forward(
-        ctx: Any, query: Tensor, key: Tensor, value: Tensor, layout: Layout, scaling: float, dtype: torch.dtype
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        layout: Layout,
+        scaling: float,
+        dtype: torch.dtype,
+        learns: bool,
     ) -> Tensor:
         heads, shared = query.shape[1], key.shape[1]
         exact, group, kept = torch.promote_types(dtype, torch.float32), heads // shared, []
-        picked = query.index_select(0, layout.asking), *(part.index_select(0, layout.seen) for part in (key, value))
-        found = _Rows(len(layout.asking) + 1, heads, value.shape[2], dtype)
-        for block, (asking, *seen) in zip(layout.blocks, _apart(layout, *picked), strict=True):
-            queries = _batch(asking, block.sequences, shared, exact)
-            keys, values = (
-                _batch(part, block.sequences, shared, kind) for part, kind in zip(seen, (exact, dtype), strict=True)
-            )
+        value, found = value.to(dtype), _Rows(len(layout.asking) + 1, heads, value.shape[2], dtype)
+        for block, (asking, seen) in zip(layout.blocks, _apart(layout, layout.asking, layout.seen), strict=True):
+            queries = _batch(query.index_select(0, asking), block.sequences, shared, exact)
+            keys = _batch(key.index_select(0, seen), block.sequences, shared, exact)
+            values = _batch(value.index_select(0, seen), block.sequences, shared, dtype)
             later = block.later.to(exact)
             later = later.repeat(1, group, 1) if group > 1 else later
             later = later.repeat_interleave(shared, 0) if len(later) > 1 else later
             scores = torch.baddbmm(later, queries, keys.transpose(1, 2), alpha=scaling)
             shares = torch.softmax(scores, dim=-1).to(dtype)
-            kept += queries.to(dtype), keys.to(dtype), values, shares
+            if learns:
+                kept += queries.to(dtype), keys.to(dtype), values, shares
             found.add(torch.bmm(shares, values), block.sequences, block.own)
         ctx.save_for_backward(*kept)
         ctx.layout, ctx.scaling, ctx.heads = layout, scaling, (heads, shared)
@@ -237,7 +244,9 @@ class _Dense(torch.autograd.Function):
         for_key = _Rows(len(layout.seen), shared, keys.shape[2], exact)
         for_value = _Rows(len(layout.seen), shared, values.shape[2], exact)
         grads = torch.cat([grad, grad.new_zeros(1, *grad.shape[1:])]).index_select(0, layout.asked)
-        for number, (block, (part,)) in enumerate(zip(layout.blocks, _apart(layout, grads), strict=True)):
+        for number, (block, (part, _)) in enumerate(
+            zip(layout.blocks, _apart(layout, grads, layout.seen), strict=True)
+        ):
             queries, keys, values, shares = kept[4 * number : 4 * number + 4]
             asked = _batch(part, block.sequences, shared, dtype)
             nothing = asked.new_empty(1)
@@ -255,14 +264,13 @@ class _Dense(torch.autograd.Function):
         of_seen = (
             total.index_add_(0, layout.seen, part.rows) for total, part in zip(sums, (for_key, for_value), strict=True)
         )
-        return for_query.rows.index_select(0, layout.places), *of_seen, None, None, None
+        return for_query.rows.index_select(0, layout.places), *of_seen, None, None, None, None
 
 
-def _apart(layout: Layout, asking: Tensor, *seen: Tensor) -> Iterator[tuple[Tensor, ...]]:
+def _apart(layout: Layout, asking: Tensor, seen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """What is known of those asking and those seen, block by block."""
     of_asking = asking.split([block.sequences * block.own for block in layout.blocks])
-    of_seen = (part.split([block.sequences * block.seen for block in layout.blocks]) for part in seen)
-    return zip(of_asking, *of_seen, strict=True)
+    return zip(of_asking, seen.split([block.sequences * block.seen for block in layout.blocks]), strict=True)
 
 
 def _batch(

@@ -2,7 +2,7 @@
 
 All that is computed token by token (everything but attention) sees next to no padding and the largest matrices.
 Attention needs sequences apart: those of like lengths lie next to each other and are a band, filled up to its longest
-and read as a batch without being copied. Positions begin anew with every sequence.
+and read as a batch without being copied (`align.models.dense` copies). Positions begin anew with every sequence.
 """
 
 import weakref

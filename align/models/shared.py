@@ -1,9 +1,9 @@
 """Answers behind one prompt in a single pass: the prompt's tokens are computed once, not once for each answer.
 
 Sequences lie end to end, each prompt once and behind it what its sequences have of their own, in bands of like lengths
-(`align.models.packed`). Attention reads them where they lie; only keys and values of a prompt are copied, once for each
-sequence. A token attends to what stands before it in its own sequence, so it has the hidden state of a pass of its own,
-to rounding.
+(`align.models.packed`). Attention copies keys and values of a prompt, once for each sequence; all else it reads where
+it lies, but for `align.models.dense`. A token attends to what stands before it in its own sequence, so it has the
+hidden state of a pass of its own, to rounding.
 """
 
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ class Band:
 
 @dataclass(frozen=True)
 class Part:
-    """Some prompts with their sequences: a call of attention for the prompts, and one for each band."""
+    """Some prompts with their sequences: a call of attention for the prompts and for each band, unless all are one."""
 
     prompts: int
     common: int

@@ -27,10 +27,11 @@ ROWS = {
 
 
 def states(runs: tuple[Run, ...], shared: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Queries of 4 heads, keys and values of `shared`, and weights of the result, which fall off from run to run."""
+    """Queries of 4 heads, keys and values of `shared`, values narrower than keys, and weights of the result."""
     torch.manual_seed(0)
     tokens = max(run.start + run.count * run.own for run in runs)
-    made = [torch.randn(tokens, heads, 8, dtype=dtype) for heads in (4, shared, shared, 4)]
+    sizes = [(4, 8), (shared, 8), (shared, 5), (4, 5)]
+    made = [torch.randn(tokens, heads, size, dtype=dtype) for heads, size in sizes]
     return [*(value.transpose(0, 1).requires_grad_() for value in made[:3]), made[3]]
 
 
@@ -108,10 +109,30 @@ def test_gradients_of_many_answers_are_added_up_in_32_bits() -> None:
 
 def test_weights_in_16_bits_keep_their_format_without_autocast() -> None:
     runs = ROWS["filled up"]
-    given = [value.detach() for value in states(runs, 4, torch.bfloat16)[:3]]
-    found, expected = densely(*given, runs, None), plain(*(value.float() for value in given), runs, None)
-    assert found.dtype == torch.bfloat16
-    assert 0.0 < float((found - expected).norm()) < 0.01 * float(expected.norm())
+    given = states(runs, 4, torch.bfloat16)
+    exact = [value.detach().float().requires_grad_() for value in given]
+    found, gradients = with_gradients(densely, given, runs, None)
+    expected, wanted = with_gradients(plain, exact, runs, None)
+    for got, right in zip((found, *gradients), (expected, *wanted), strict=True):
+        assert got.dtype == torch.bfloat16
+        assert 0.0 < float((got - right).detach().norm()) < 0.01 * float(right.detach().norm())
+
+
+def test_nothing_is_kept_where_nothing_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Probabilities of one block at a time then."""
+    kept: list[int] = []
+
+    def noted(self: Any, *tensors: Tensor) -> None:
+        kept.append(len(tensors))
+
+    monkeypatch.setattr(torch.autograd.function.FunctionCtx, "save_for_backward", noted)
+    runs = ROWS["two blocks"]
+    *given, _ = states(runs, 2)
+    densely(*given, runs, None)
+    with torch.no_grad():
+        densely(*given, runs, None)
+    densely(*(value.detach() for value in given), runs, None)
+    assert kept == [8, 0, 0]
 
 
 @pytest.mark.parametrize("seed", range(5))
