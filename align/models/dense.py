@@ -5,8 +5,8 @@ the gradients, in products too small for the units at hand. Short sequences have
 four large products to the backward pass, and in mixed precision all but the scores come from products in 16 bits. It
 adds up the same sums.
 
-Sequences of like length are copied to a block, filled up to one of few sizes: a library that prepares for every new
-shape (oneDNN, in 16 bits) took three times as long over the preparing as over the products.
+Sequences of like length are copied to a block, filled up to one of few sizes: with a library that prepares for every
+new shape (oneDNN, in 16 bits) attention took more than three times as long at new shapes as at known ones.
 """
 
 import functools
@@ -268,7 +268,7 @@ class _Dense(torch.autograd.Function):
 
 
 def _apart(layout: Layout, asking: Tensor, seen: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """What is known of those asking and those seen, block by block."""
+    """What is known of those asking and of those seen, block by block."""
     of_asking = asking.split([block.sequences * block.own for block in layout.blocks])
     return zip(of_asking, seen.split([block.sequences * block.seen for block in layout.blocks]), strict=True)
 
